@@ -1,0 +1,299 @@
+// The only file that knows Python: check shapes and ranges, unwrap arrays, release the GIL, call.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "pack.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace miniphi {
+namespace {
+
+template <typename T, size_t kDims>
+using Array = nb::ndarray<T, nb::numpy, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+template <typename T, size_t kDims>
+using ConstArray = Array<const T, kDims>;
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw nb::value_error(message.c_str());
+}
+
+std::string text(size_t value) { return std::to_string(value); }
+
+Kind checked_kind(int kind) {
+    require(kind >= 0 && kind < kNumKinds, "weight format " + std::to_string(kind) + " is unknown");
+    return Kind(kind);
+}
+
+template <typename T>
+nb::object new_array(std::vector<size_t> shape, T** data) {
+    size_t size = 1;
+    for (size_t n : shape) size *= n;
+    *data = new T[size];
+    nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.data(), owner));
+}
+
+std::unique_ptr<PackedMatrix> pack(Packer& packer, int kind_number, ConstArray<uint8_t, 2> stored, size_t depth,
+                                   std::optional<ConstArray<int32_t, 1>> row_order) {
+    const Kind kind = checked_kind(kind_number);
+    const size_t rows = stored.shape(0), unit = is_quantized(kind) ? (layout_of(kind).super_bytes ? 256 : 32) : 1;
+    require(rows > 0 && depth > 0, "a matrix needs rows and columns, got " + text(rows) + " x " + text(depth));
+    require(depth % unit == 0, "rows of " + text(depth) + " values are not whole blocks of " + text(unit));
+    require(stored.shape(1) == stored_row_bytes(kind, depth),
+            "stored rows have " + text(stored.shape(1)) + " bytes, expected " + text(stored_row_bytes(kind, depth)));
+    const int32_t* order = nullptr;
+    if (row_order) {
+        require(row_order->shape(0) == rows, "row_order has " + text(row_order->shape(0)) + " entries for " + text(rows) + " rows");
+        order = row_order->data();
+        for (size_t i = 0; i < rows; i++) require(order[i] >= 0 && size_t(order[i]) < rows, "row_order is out of range");
+    }
+    nb::gil_scoped_release release;
+    return packer.pack(kind, stored.data(), rows, depth, order);
+}
+
+nb::object unpack(const PackedMatrix& matrix) {
+    float* data;
+    nb::object result = new_array<float>({matrix.rows, matrix.depth}, &data);
+    nb::gil_scoped_release release;
+    for (size_t row = 0; row < matrix.rows; row++)
+        unpack_column(matrix.kind, matrix.block(row / kBlockColumns), row % kBlockColumns, matrix.depth, data + row * matrix.depth);
+    return result;
+}
+
+// One matmul outside a program, for tests and measurements.
+nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<float, 2> x, const std::string& isa, int num_threads) {
+    require(!matrices.empty() && num_threads >= 1, "matmul needs a matrix and a thread");
+    size_t width = 0;
+    for (const PackedMatrix* matrix : matrices) {
+        require(matrix->depth == x.shape(1), "x has " + text(x.shape(1)) + " columns, the matrix " + text(matrix->depth));
+        width += matrix->rows;
+    }
+    const Ops& ops = select_ops(isa);
+    float* y;
+    nb::object result = new_array<float>({x.shape(0), width}, &y);
+    nb::gil_scoped_release release;
+    ThreadPool pool(num_threads);
+    WorkQueue work(1, num_threads);
+    Matmul engine(ops, x.shape(0), x.shape(1));
+    const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false};
+    pool.run([&](int thread) {
+        engine.quantize(call, thread, num_threads);
+        pool.barrier().wait();
+        engine.multiply(call, 0, thread, work);
+    });
+    return result;
+}
+
+using Positions = ConstArray<int32_t, 1>;
+
+struct Arrays {   // of one batch, as they come from engine/program.py
+    Positions token_ids, positions, query_starts, context_lens;
+    ConstArray<int32_t, 2> block_tables;
+    ConstArray<float, 2> cos, sin;
+    Positions logit_rows;
+};
+
+void check_batch(const Program& program, const HeadShape& shape, size_t vocab, const Arrays& a) {
+    const size_t tokens = a.token_ids.shape(0), sequences = a.context_lens.shape(0);
+    require(tokens >= 1 && tokens <= program.max_tokens(),
+            "a step holds 1 to " + text(program.max_tokens()) + " tokens, got " + text(tokens));
+    require(a.positions.shape(0) == tokens, "positions and token_ids differ in length");
+    require(sequences >= 1 && a.query_starts.shape(0) == sequences + 1, "query_starts must have one more entry than context_lens");
+    require(a.block_tables.shape(0) == sequences, "block_tables has " + text(a.block_tables.shape(0)) + " rows for " + text(sequences) + " sequences");
+    require(a.cos.shape(0) == tokens && a.sin.shape(0) == tokens && a.cos.shape(1) == shape.rotary_dim / 2 && a.sin.shape(1) == shape.rotary_dim / 2,
+            "cos and sin must be [tokens, rotary_dim / 2]");
+    require(a.logit_rows.shape(0) <= program.max_logit_rows(),
+            "a step gives at most " + text(program.max_logit_rows()) + " rows of logits, got " + text(a.logit_rows.shape(0)));
+    require(a.query_starts.data()[0] == 0 && size_t(a.query_starts.data()[sequences]) == tokens, "query_starts must run from 0 to the number of tokens");
+    for (size_t i = 0; i < tokens; i++)
+        require(a.token_ids.data()[i] >= 0 && size_t(a.token_ids.data()[i]) < vocab, "token id " + std::to_string(a.token_ids.data()[i]) + " is outside the vocabulary");
+    for (size_t i = 0; i < a.logit_rows.shape(0); i++)
+        require(a.logit_rows.data()[i] >= 0 && size_t(a.logit_rows.data()[i]) < tokens, "a logit row is outside the step");
+    for (size_t s = 0; s < sequences; s++) {
+        const int32_t first = a.query_starts.data()[s], last = a.query_starts.data()[s + 1], length = a.context_lens.data()[s];
+        require(first < last, "sequence " + text(s) + " has no tokens in this step");
+        const size_t blocks = (size_t(std::max(length, 0)) + kCacheBlock - 1) / kCacheBlock;
+        require(length >= last - first && blocks <= a.block_tables.shape(1), "sequence " + text(s) + ": context length " + std::to_string(length) + " does not fit its blocks");
+        for (size_t b = 0; b < blocks; b++) {
+            const int32_t id = a.block_tables.data()[s * a.block_tables.shape(1) + b];
+            require(id >= 0 && size_t(id) < program.num_cache_blocks(), "cache block " + std::to_string(id) + " does not exist");
+        }
+        for (int32_t t = first; t < last; t++)
+            require(a.positions.data()[t] == length - (last - t), "sequence " + text(s) + ": positions must end at its context length");
+    }
+}
+
+// Owns the packed matrices that its operations point to.
+class BoundProgram {
+public:
+    BoundProgram(const std::string& isa, int num_threads, size_t max_tokens, size_t max_logit_rows, nb::dict heads,
+                 int cache_type, size_t num_blocks)
+        : shape_{nb::cast<size_t>(heads["num_layers"]), nb::cast<size_t>(heads["num_heads"]), nb::cast<size_t>(heads["num_kv_heads"]),
+                 nb::cast<size_t>(heads["head_dim"]), nb::cast<size_t>(heads["rotary_dim"]), nb::cast<size_t>(heads["window"])} {
+        require(num_threads >= 1 && num_threads <= 1024, "num_threads must be 1 to 1024");
+        require(max_tokens >= 1 && max_logit_rows >= 1 && num_blocks >= 1, "a program needs room for a token, a row of logits and a cache block");
+        require(shape_.num_kv_heads >= 1 && shape_.num_heads % shape_.num_kv_heads == 0, "kv heads must divide heads");
+        require(shape_.head_dim % 16 == 0 && shape_.head_dim <= 512, "head_dim must be a multiple of 16 up to 512, got " + text(shape_.head_dim));
+        require(shape_.rotary_dim % 2 == 0 && shape_.rotary_dim <= shape_.head_dim, "rotary_dim must be even and at most head_dim");
+        require(cache_type >= 0 && cache_type <= int(CacheType::Q8), "unknown cache type");
+        program_ = std::make_unique<Program>(select_ops(isa), num_threads, max_tokens, max_logit_rows, shape_, CacheType(cache_type), num_blocks);
+    }
+
+    Program& program() { return *program_; }
+
+    int add_buffer(size_t width, bool of_logit_rows) {
+        require(width >= 1, "a buffer needs a width");
+        return program_->add_buffer(width, of_logit_rows);
+    }
+    void embed(const PackedMatrix* table, int to) {
+        require(table->depth == program_->width(to), "the embedding's width differs from its buffer's");
+        vocab_ = table->rows;
+        program_->embed(table, to);
+    }
+    void rms_norm(int from, int to, ConstArray<float, 1> weight, float eps) {
+        require(weight.shape(0) == program_->width(from) && program_->width(from) == program_->width(to), "rms_norm: widths differ");
+        program_->rms_norm(from, to, std::vector<float>(weight.data(), weight.data() + weight.shape(0)), eps);
+    }
+    void matmul(int from, int to, const std::vector<const PackedMatrix*>& matrices, bool add) {
+        require(check_matrices(from, matrices) == program_->width(to), "matmul: the matrices' rows differ from the output's width");
+        program_->matmul(from, to, matrices, add);
+    }
+    void matmul_to_logits(int from, const std::vector<const PackedMatrix*>& matrices) {
+        check_matrices(from, matrices);
+        program_->matmul_to_logits(from, matrices);
+    }
+    void rope_and_append(int qkv, size_t layer) {
+        check_heads(qkv, layer);
+        program_->rope_and_append(qkv, layer);
+    }
+    void attention(int qkv, int to, size_t layer) {
+        check_heads(qkv, layer);
+        require(program_->width(to) == shape_.query_width(), "attention: the output must be as wide as the queries");
+        program_->attention(qkv, to, layer);
+    }
+    void silu_mul(int gate_up, int to) {
+        require(program_->width(gate_up) == 2 * program_->width(to), "silu_mul: the input must be twice as wide as the output");
+        program_->silu_mul(gate_up, to);
+    }
+    void take_logit_rows(int from, int to) {
+        require(program_->width(from) == program_->width(to), "take_logit_rows: widths differ");
+        program_->take_logit_rows(from, to);
+    }
+
+    nb::object run(Positions token_ids, Positions positions, Positions query_starts, Positions context_lens,
+                   ConstArray<int32_t, 2> block_tables, ConstArray<float, 2> cos, ConstArray<float, 2> sin, Positions logit_rows) {
+        const Arrays a{token_ids, positions, query_starts, context_lens, block_tables, cos, sin, logit_rows};
+        check_batch(*program_, shape_, vocab_, a);
+        float* logits;
+        nb::object result = new_array<float>({logit_rows.shape(0), program_->logits_width()}, &logits);
+        const Program::Batch batch{{token_ids.shape(0), context_lens.shape(0), block_tables.shape(1), positions.data(), query_starts.data(),
+                                    context_lens.data(), block_tables.data(), cos.data(), sin.data()},
+                                   token_ids.data(), logit_rows.data(), logit_rows.shape(0), logits};
+        nb::gil_scoped_release release;
+        program_->run(batch);
+        return result;
+    }
+
+private:
+    size_t check_matrices(int from, const std::vector<const PackedMatrix*>& matrices) const {
+        require(!matrices.empty(), "matmul needs a matrix");
+        size_t rows = 0;
+        for (const PackedMatrix* matrix : matrices) {
+            require(matrix->depth == program_->width(from), "matmul: the matrix has " + text(matrix->depth) + " columns, its input " + text(program_->width(from)));
+            rows += matrix->rows;
+        }
+        return rows;
+    }
+    void check_heads(int qkv, size_t layer) const {
+        require(program_->width(qkv) == shape_.query_width() + 2 * shape_.kv_width(), "qkv has the wrong width");
+        require(layer < shape_.num_layers, "layer out of range");
+    }
+
+    const HeadShape shape_;
+    size_t vocab_ = 0;
+    std::unique_ptr<Program> program_;
+};
+
+// Operations per second of the int8 units, bytes per second of one contiguous stream a thread.
+std::pair<double, double> measure_machine(const std::string& isa, int num_threads, size_t bytes_per_thread, int repeats) {
+    const Ops& ops = select_ops(isa);
+    require(num_threads >= 1 && bytes_per_thread >= 4096 && repeats >= 1, "measure_machine: nothing to measure");
+    nb::gil_scoped_release release;
+    ThreadPool pool(num_threads);
+    Memory memory(bytes_per_thread * num_threads);
+    std::atomic<uint64_t> done{0}, sink{0};
+    const auto seconds = [&](const std::function<void(int)>& body) {
+        const auto start = std::chrono::steady_clock::now();
+        pool.run(body);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    pool.run([&](int thread) {   // touch every page, and let the clocks rise
+        uint8_t* p = memory.data() + thread * bytes_per_thread;
+        for (size_t i = 0; i < bytes_per_thread; i += 4096) p[i] = uint8_t(i);
+    });
+    double best_rate = 0, best_bandwidth = 0;
+    for (int repeat = 0; repeat < repeats; repeat++) {
+        done = 0;
+        const double spin = seconds([&](int) { done += ops.spin_int8(20'000'000); });
+        best_rate = std::max(best_rate, double(done) / spin);
+        const double read = seconds([&](int thread) { sink += ops.read_bytes(memory.data() + thread * bytes_per_thread, bytes_per_thread); });
+        best_bandwidth = std::max(best_bandwidth, double(bytes_per_thread) * num_threads / read);
+    }
+    return {best_rate, best_bandwidth};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("available_isas", &available_isas);
+    m.def("selected_isa", [](const std::string& isa) { return std::string(select_ops(isa).name); }, "isa"_a = "");
+    m.def("matmul", &matmul, "matrices"_a, "x"_a.noconvert(), "isa"_a, "num_threads"_a);
+    m.def("measure_machine", &measure_machine, "isa"_a, "num_threads"_a, "bytes_per_thread"_a, "repeats"_a);
+    m.def("cache_block_bytes", [](size_t num_layers, size_t num_kv_heads, size_t head_dim, int type) {
+        const HeadShape shape{num_layers, num_kv_heads, num_kv_heads, head_dim, head_dim, 0};
+        return num_layers * num_kv_heads * KvCache::head_bytes(shape, CacheType(type));
+    });
+    nb::class_<PackedMatrix>(m, "PackedMatrix")
+        .def_ro("rows", &PackedMatrix::rows)
+        .def_ro("depth", &PackedMatrix::depth)
+        .def_prop_ro("kind", [](const PackedMatrix& matrix) { return int(matrix.kind); })
+        .def_prop_ro("num_bytes", [](const PackedMatrix& matrix) { return matrix.num_blocks() * block_bytes(matrix.kind, matrix.depth); })
+        .def("unpack", &unpack);
+    nb::class_<Packer>(m, "Packer")
+        .def(nb::init<int>(), "num_threads"_a)
+        .def("pack", &pack, "kind"_a, "stored"_a.noconvert(), "depth"_a, "row_order"_a.noconvert().none());
+    nb::class_<BoundProgram>(m, "Program")
+        .def(nb::init<const std::string&, int, size_t, size_t, nb::dict, int, size_t>(), "isa"_a, "num_threads"_a, "max_tokens"_a,
+             "max_logit_rows"_a, "heads"_a, "cache_type"_a, "num_blocks"_a)
+        .def("add_buffer", &BoundProgram::add_buffer, "width"_a, "of_logit_rows"_a)
+        .def("embed", &BoundProgram::embed, "table"_a, "to"_a, nb::keep_alive<1, 2>())
+        .def("rms_norm", &BoundProgram::rms_norm, "source"_a, "to"_a, "weight"_a.noconvert(), "eps"_a)
+        .def("matmul", &BoundProgram::matmul, "source"_a, "to"_a, "matrices"_a, "add"_a)
+        .def("matmul_to_logits", &BoundProgram::matmul_to_logits, "source"_a, "matrices"_a)
+        .def("rope_and_append", &BoundProgram::rope_and_append, "qkv"_a, "layer"_a)
+        .def("attention", &BoundProgram::attention, "qkv"_a, "to"_a, "layer"_a)
+        .def("silu_mul", &BoundProgram::silu_mul, "gate_up"_a, "to"_a)
+        .def("take_logit_rows", &BoundProgram::take_logit_rows, "source"_a, "to"_a)
+        .def("run", &BoundProgram::run, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "query_starts"_a.noconvert(),
+             "context_lens"_a.noconvert(), "block_tables"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "logit_rows"_a.noconvert())
+        .def("take_profile", [](BoundProgram& p) { return p.program().take_profile(); })
+        .def_prop_ro("isa", [](BoundProgram& p) { return std::string(p.program().ops().name); })
+        .def_prop_ro("num_threads", [](BoundProgram& p) { return p.program().pool().size(); })
+        .def_prop_ro("logits_width", [](BoundProgram& p) { return p.program().logits_width(); });
+}
+
+}  // namespace miniphi

@@ -1,0 +1,161 @@
+#include "matmul.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+#include "pack.h"
+
+namespace miniphi {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kPackerPiece = size_t(64) << 20;
+
+// Which correction array a kind reads, or -1 if its format has a minimum instead of a zero point.
+int zero_index(Kind kind) {
+    switch (layout_of(kind).zero) {
+        case 8: return 0;
+        case 16: return 1;
+        case 128: return 2;
+        case 32: return 3;
+        default: return -1;
+    }
+}
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : bytes_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
+    // Over-allocate address space by one huge page to align, then give the ends back.
+    void* raw = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) throw std::bad_alloc();
+    const uintptr_t start = reinterpret_cast<uintptr_t>(raw), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+    if (aligned > start) munmap(raw, aligned - start);
+    const size_t tail = start + kHugePage - aligned;
+    if (tail > 0) munmap(reinterpret_cast<void*>(aligned + bytes_), tail);
+    data_ = reinterpret_cast<uint8_t*>(aligned);
+#ifdef MADV_HUGEPAGE
+    madvise(data_, bytes_, MADV_HUGEPAGE);
+#endif
+}
+
+Memory::~Memory() { munmap(data_, bytes_); }
+
+std::unique_ptr<PackedMatrix> Packer::pack(Kind kind, const uint8_t* stored, size_t rows, size_t depth,
+                                           const int32_t* row_order) {
+    auto matrix = std::make_unique<PackedMatrix>(PackedMatrix{kind, rows, depth, nullptr, nullptr});
+    const size_t row_bytes = stored_row_bytes(kind, depth), bytes = matrix->num_blocks() * block_bytes(kind, depth);
+    if (!memory_ || used_ + bytes > memory_->size()) {
+        memory_ = std::make_shared<Memory>(std::max(bytes, kPackerPiece));
+        used_ = 0;
+    }
+    matrix->memory = memory_;
+    matrix->data = memory_->data() + used_;
+    used_ += (bytes + 63) / 64 * 64;
+    WorkQueue work(1, pool_.size());
+    pool_.run([&](int thread) {
+        size_t block;
+        while (work.take(0, thread, matrix->num_blocks(), &block)) {
+            const uint8_t* pointers[kBlockColumns];
+            for (size_t n = 0; n < kBlockColumns; n++) {
+                const size_t row = block * kBlockColumns + n;
+                const size_t source = row < rows && row_order ? size_t(row_order[row]) : row;
+                pointers[n] = row < rows ? stored + source * row_bytes : nullptr;
+            }
+            pack_block(kind, pointers, depth, matrix->block(block));
+        }
+    });
+    return matrix;
+}
+
+Matmul::Matmul(const Ops& ops, size_t max_rows, size_t max_depth)
+    : ops_(ops),
+      q_stride_((max_depth + 63) / 64 * 64 + 64),   // an odd number of lines: rows do not share cache sets
+      groups_((max_depth + kGroup - 1) / kGroup),
+      q_(max_rows * q_stride_),
+      scale_(max_rows * groups_),
+      scaled_sum_(max_rows * groups_) {
+    for (int zero = 0; zero < kNumZeros; zero++) correction_[zero].resize(max_rows * groups_ * (zero == 3 ? 2 : 1));
+}
+
+QuantRows Matmul::rows_for(const PackedMatrix& matrix) const {
+    const size_t groups = matrix.depth / kGroup;
+    const int zero = zero_index(matrix.kind);
+    const std::vector<int32_t>& correction = correction_[std::max(zero, 0)];
+    return {q_.data(), scale_.data(), correction.data(), scaled_sum_.data(), q_stride_, groups, groups * (zero == 3 ? 2 : 1)};
+}
+
+void Matmul::quantize(const Call& call, int thread, int num_threads) {
+    bool any = false, needs[kNumZeros] = {};
+    for (const PackedMatrix* matrix : call.matrices) {
+        if (!is_quantized(matrix->kind)) continue;
+        any = true;
+        if (zero_index(matrix->kind) >= 0) needs[zero_index(matrix->kind)] = true;
+    }
+    if (!any) return;
+    const size_t depth = call.matrices[0]->depth, groups = depth / kGroup;
+    std::vector<int32_t> sums(depth / 16);
+    for (size_t row = call.num_rows * thread / num_threads; row < call.num_rows * (thread + 1) / num_threads; row++) {
+        float *scale = scale_.data() + row * groups, *scaled_sum = scaled_sum_.data() + row * groups;
+        ops_.quantize_row(call.x + row * call.x_stride, depth, q_.data() + row * q_stride_, scale, sums.data());
+        for (size_t g = 0; g < groups; g++) scaled_sum[g] = scale[g] * float(sums[2 * g] + sums[2 * g + 1]);
+        constexpr int zeros[3] = {8, 16, 128};
+        for (int zero = 0; zero < 3; zero++) {
+            if (!needs[zero]) continue;
+            int32_t* correction = correction_[zero].data() + row * groups;
+            for (size_t g = 0; g < groups; g++) correction[g] = -zeros[zero] * (sums[2 * g] + sums[2 * g + 1]);
+        }
+        if (needs[3])
+            for (size_t g = 0; g < 2 * groups; g++) correction_[3][row * 2 * groups + g] = -32 * sums[g];
+    }
+}
+
+void Matmul::multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const {
+    const bool quantized = is_quantized(matrix.kind);
+    const QuantRows a = quantized ? rows_for(matrix) : QuantRows{};
+    const size_t limit = quantized ? kMaxTileRows : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
+    const size_t columns = std::min(kBlockColumns, matrix.rows - block * kBlockColumns);
+    const uint8_t* weights = matrix.block(block);
+    y += block * kBlockColumns;
+    float edge[kMaxPanelRows * kBlockColumns];
+    for (size_t tile = 0; tile < num_tiles; tile++) {
+        const size_t row = call.num_rows * tile / num_tiles;
+        const int rows = int(call.num_rows * (tile + 1) / num_tiles - row);
+        float* out = y + row * call.y_stride;
+        const bool whole = columns == kBlockColumns;   // the last block of a matrix may be narrower
+        float* target = whole ? out : edge;
+        const size_t stride = whole ? call.y_stride : kBlockColumns;
+        const bool add = whole && call.add;
+        if (quantized) {
+            ops_.tile[int(matrix.kind)](weights, a, row, rows, target, stride, add);
+        } else {
+            ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, rows, weights, matrix.depth, target, stride, add);
+        }
+        if (whole) continue;
+        for (int i = 0; i < rows; i++)
+            for (size_t n = 0; n < columns; n++) {
+                float& value = out[i * call.y_stride + n];
+                value = (call.add ? value : 0) + edge[i * kBlockColumns + n];
+            }
+    }
+}
+
+void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
+    size_t total = 0;
+    for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
+    size_t item;
+    while (work.take(queue, thread, total, &item)) {
+        float* y = call.y;
+        for (const PackedMatrix* matrix : call.matrices) {
+            if (item < matrix->num_blocks()) {
+                multiply_block(call, *matrix, item, y);
+                break;
+            }
+            item -= matrix->num_blocks();
+            y += matrix->rows;
+        }
+    }
+}
+
+}  // namespace miniphi

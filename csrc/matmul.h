@@ -1,0 +1,81 @@
+// y[rows][N] (+)= x[rows][K] W^T for packed matrices, several of them side by side in y's columns.
+//
+// Phase one quantises x (int8, groups of 32 values) once for all matrices; phase two hands out column blocks.
+// A block's weights stream from memory once and stay in the level-two cache while every tile of rows passes.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace miniphi {
+
+// Anonymous memory on huge pages where the system allows: the read rate of weights depends on it. Starts as zeros;
+// pages that are never touched cost nothing.
+class Memory {
+public:
+    explicit Memory(size_t bytes);
+    ~Memory();
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    uint8_t* data() const { return data_; }
+    size_t size() const { return bytes_; }
+
+private:
+    uint8_t* data_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+struct PackedMatrix {
+    Kind kind;
+    size_t rows, depth;   // N, K
+    std::shared_ptr<Memory> memory;   // shared with its neighbours
+    uint8_t* data;
+
+    size_t num_blocks() const { return (rows + kBlockColumns - 1) / kBlockColumns; }
+    uint8_t* block(size_t index) const { return data + index * block_bytes(kind, depth); }
+};
+
+// Packs one matrix after the other into large pieces of memory: small matrices share huge pages.
+class Packer {
+public:
+    explicit Packer(int num_threads) : pool_(num_threads) {}
+    // row_order, if given, names the stored row of each logical row. Threads share the blocks.
+    std::unique_ptr<PackedMatrix> pack(Kind kind, const uint8_t* stored, size_t rows, size_t depth, const int32_t* row_order);
+
+private:
+    ThreadPool pool_;
+    std::shared_ptr<Memory> memory_;
+    size_t used_ = 0;
+};
+
+class Matmul {
+public:
+    // Scratch for at most max_rows rows of at most max_depth values.
+    Matmul(const Ops& ops, size_t max_rows, size_t max_depth);
+
+    struct Call {
+        const std::vector<const PackedMatrix*>& matrices;
+        const float* x;
+        size_t num_rows, x_stride;
+        float* y;
+        size_t y_stride;
+        bool add;
+    };
+    void quantize(const Call& call, int thread, int num_threads);
+    void multiply(const Call& call, size_t queue, int thread, WorkQueue& work);
+
+private:
+    QuantRows rows_for(const PackedMatrix& matrix) const;
+    void multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const;
+
+    static constexpr int kNumZeros = 4;   // 8, 16, 128 per group; 32 per half group
+    const Ops& ops_;
+    size_t q_stride_, groups_;
+    std::vector<int8_t> q_;
+    std::vector<float> scale_, scaled_sum_;
+    std::vector<int32_t> correction_[kNumZeros];
+};
+
+}  // namespace miniphi

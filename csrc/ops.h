@@ -1,0 +1,45 @@
+// The table of kernels that exists once per instruction set. Everything else in csrc is free of intrinsics.
+//
+// All of them treat rows independently and in an order that does not depend on how many rows come together:
+// a token's result is the same, bit for bit, alone and in any batch.
+#pragma once
+#include "blocks.h"
+
+namespace miniphi {
+
+// y[row + i][0..32) (+)= dequantised block x activations, i < num_rows <= kMaxTileRows.
+using TileFn = void (*)(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
+                        bool add);
+
+// c[i][0..32) (+)= sum_k a[i][k] * panel[k][0..32), i < num_rows <= kMaxPanelRows.
+using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const void* panel, size_t depth, float* c,
+                         size_t c_stride, bool add);
+
+struct Ops {
+    const char* name;
+    TileFn tile[kNumKinds];       // quantised kinds only
+    PanelFn panel[3];             // F32, F16, BF16
+    PanelFn panel_i8;
+    // q[k], scale[k/32], sum16[k/16] of one row; k is a multiple of 32. scale = max|x| / 127 per group.
+    void (*quantize_row)(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16);
+    // One scale for n values, n a multiple of 16.
+    float (*quantize_vector)(const float* x, size_t n, int8_t* q);
+    void (*to_f16)(const float* x, size_t n, uint16_t* y);   // n a multiple of 16; saturates at +-65504
+    // y = x / sqrt(mean(x^2) + eps) * weight
+    void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* y);
+    void (*silu_mul)(const float* gate, const float* up, size_t n, float* y);   // y = up * gate / (1 + exp(-gate))
+    void (*multiply)(float* x, const float* y, size_t n);                       // n a multiple of 16
+    void (*blend)(float alpha, float* x, float beta, const float* y, size_t n); // x = alpha x + beta y; n % 16 == 0
+    // In place over n scores (a multiple of 32): exp(s - max) inside [low, high), 0 outside. Returns max and sum.
+    void (*softmax)(float* s, size_t n, size_t low, size_t high, float* max, float* sum);
+    // Calibration: keep the int8 units busy (returns operations done), read bytes as fast as possible.
+    uint64_t (*spin_int8)(uint64_t iterations);
+    uint64_t (*read_bytes)(const uint8_t* data, size_t bytes);
+};
+
+const Ops& ops_portable();
+const Ops& ops_avx2();
+const Ops& ops_avx512();
+const Ops& ops_neon();
+
+}  // namespace miniphi

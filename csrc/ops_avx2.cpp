@@ -1,0 +1,394 @@
+// AVX2 with FMA and F16C (Haswell and later).
+//
+// tile      as in ops_avx512.cpp, one half of a block (16 columns) and up to three rows at a time: sixteen registers
+//           hold no more. VPMADDUBSW multiplies u8 codes with s8 activations into saturating 16-bit pairs; codes of
+//           4, 5, 6 bits may add 8, 4, 2 of them before 16 bits overflow (15 * 127 * 2 * 8 = 30480). Codes of 8 bits
+//           are made signed and their sign moved to the activations: 128 * 127 * 2 = 32512 still fits.
+#include <immintrin.h>
+
+#include "ops.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace miniphi {
+namespace {
+
+INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+INLINE __m256 load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+INLINE __m256 small_unsigned(const void* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+INLINE __m256 small_signed(const void* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+
+// Codes of step kStep for the 8 rows at vector offset `lane` (0 or 32 bytes) of half `half`.
+template <int kBits, int kStep>
+INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
+    if constexpr (kBits == 8) {
+        return _mm256_xor_si256(load(w + (2 * kStep + half) * 64 + lane), _mm256_set1_epi8(char(0x80)));
+    } else {
+        __m256i v = load(w + (2 * (kStep / 2) + half) * 64 + lane);
+        if constexpr (kStep % 2) v = _mm256_srli_epi16(v, 4);
+        v = _mm256_and_si256(v, _mm256_set1_epi8(15));
+        if constexpr (kBits > 4) {
+            constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
+            __m256i high = load(w + 512 + half * (kBits - 4) * 64 + (kBits == 6 ? kStep / 4 * 64 : 0) + lane);
+            if constexpr (shift > 0) high = _mm256_srli_epi16(high, shift);
+            if constexpr (shift < 0) high = _mm256_slli_epi16(high, -shift);
+            v = _mm256_or_si256(v, _mm256_and_si256(high, _mm256_set1_epi8(kBits == 5 ? 0x10 : 0x30)));
+        }
+        return v;
+    }
+}
+
+template <int kBits, int kRows, int kFirst, int kCount>
+INLINE void multiply_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*pairs)[2]) {
+    if constexpr (kCount > 0) {
+        const __m256i c[2] = {codes_of<kBits, kFirst>(w, half, 0), codes_of<kBits, kFirst>(w, half, 32)};
+        UNROLL for (int m = 0; m < kRows; m++) {
+            int32_t four;
+            __builtin_memcpy(&four, q[m] + k + 4 * kFirst, 4);
+            const __m256i a = _mm256_set1_epi32(four);
+            UNROLL for (int v = 0; v < 2; v++) {
+                __m256i product;
+                if constexpr (kBits == 8) product = _mm256_maddubs_epi16(_mm256_abs_epi8(c[v]), _mm256_sign_epi8(a, c[v]));
+                else product = _mm256_maddubs_epi16(c[v], a);
+                pairs[m][v] = _mm256_add_epi16(pairs[m][v], product);
+            }
+        }
+        multiply_steps<kBits, kRows, kFirst + 1, kCount - 1>(w, half, q, k, pairs);
+    }
+}
+
+// dot += products of steps [kFirst, kLast), widened to 32 bits as often as the code width demands.
+template <int kBits, int kRows, int kFirst, int kLast>
+INLINE void dot_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*dot)[2]) {
+    if constexpr (kFirst < kLast) {
+        constexpr int safe = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+        constexpr int count = safe < kLast - kFirst ? safe : kLast - kFirst;
+        __m256i pairs[kRows][2];
+        UNROLL for (int m = 0; m < kRows; m++) pairs[m][0] = pairs[m][1] = _mm256_setzero_si256();
+        multiply_steps<kBits, kRows, kFirst, count>(w, half, q, k, pairs);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            UNROLL for (int v = 0; v < 2; v++)
+                dot[m][v] = _mm256_add_epi32(dot[m][v], _mm256_madd_epi16(pairs[m][v], _mm256_set1_epi16(1)));
+        }
+        dot_steps<kBits, kRows, kFirst + count, kLast>(w, half, q, k, dot);
+    }
+}
+
+template <Kind kKind, int kRows>
+INLINE void tile_half(const uint8_t* w, int half, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
+    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8;   // 8-bit codes are made signed instead
+    constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
+    const int8_t* q[kRows];
+    const float *scale[kRows], *scaled_sum[kRows];
+    const int32_t* correction[kRows];
+    __m256 sum[kRows][2];
+    UNROLL for (int m = 0; m < kRows; m++) {
+        q[m] = a.q + (row + m) * a.q_stride;
+        scale[m] = a.scale + (row + m) * a.groups;
+        scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        correction[m] = a.correction + (row + m) * a.correction_stride;
+        sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+    }
+    const uint8_t* super = w;
+    for (size_t g = 0; g < a.groups; g++) {
+        if constexpr (layout.super_bytes > 0) {
+            if (g % kSuperGroups == 0) {
+                super = w;
+                w += layout.super_bytes;
+            }
+        }
+        const uint8_t* scales = w + code_bytes;
+        UNROLL for (int part = 0; part < parts; part++) {
+            __m256i dot[kRows][2];
+            UNROLL for (int m = 0; m < kRows; m++)
+                dot[m][0] = dot[m][1] = has_zero ? _mm256_set1_epi32(correction[m][g * parts + part]) : _mm256_setzero_si256();
+            if constexpr (parts == 1) {
+                dot_steps<layout.bits, kRows, 0, 8>(w, half, q, g * kGroup, dot);
+            } else {
+                if (part == 0) dot_steps<layout.bits, kRows, 0, 4>(w, half, q, g * kGroup, dot);
+                else dot_steps<layout.bits, kRows, 4, 8>(w, half, q, g * kGroup, dot);
+            }
+            UNROLL for (int v = 0; v < 2; v++) {
+                const int n = 16 * half + 8 * v;
+                __m256 d;
+                if constexpr (layout.scale == Scale::Super) d = _mm256_mul_ps(load_half(super + 2 * n), small_unsigned(scales + n));
+                else if constexpr (layout.scale == Scale::SuperHalf)
+                    d = _mm256_mul_ps(load_half(super + 2 * n), small_signed(scales + 32 * part + n));
+                else d = load_half(scales + 2 * n);
+                UNROLL for (int m = 0; m < kRows; m++)
+                    sum[m][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][v]), _mm256_mul_ps(d, _mm256_set1_ps(scale[m][g])), sum[m][v]);
+            }
+        }
+        if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
+            UNROLL for (int v = 0; v < 2; v++) {
+                const int n = 16 * half + 8 * v;
+                __m256 minimum;
+                if constexpr (layout.scale == Scale::Minimum) minimum = load_half(scales + 64 + 2 * n);
+                else minimum = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_mul_ps(load_half(super + 64 + 2 * n), small_unsigned(scales + 32 + n)));
+                UNROLL for (int m = 0; m < kRows; m++)
+                    sum[m][v] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(scaled_sum[m][g]), sum[m][v]);
+            }
+        }
+        w += layout.group_bytes;
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int v = 0; v < 2; v++) {
+            float* out = y + m * y_stride + 16 * half + 8 * v;
+            _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), sum[m][v]) : sum[m][v]);
+        }
+    }
+}
+
+template <Kind kKind, int kRows>
+void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    for (int half = 0; half < 2; half++) tile_half<kKind, kRows>(w, half, a, row, y, y_stride, add);
+}
+
+template <Kind kKind>
+void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+    while (num_rows > 0) {
+        const int rows = num_rows >= 5 || num_rows == 3 ? 3 : num_rows >= 2 ? 2 : 1;
+        if (rows == 3) tile_rows<kKind, 3>(block, a, row, y, y_stride, add);
+        else if (rows == 2) tile_rows<kKind, 2>(block, a, row, y, y_stride, add);
+        else tile_rows<kKind, 1>(block, a, row, y, y_stride, add);
+        row += rows;
+        y += rows * y_stride;
+        num_rows -= rows;
+    }
+}
+
+enum class Element { F32, F16, BF16, I8 };
+
+template <Element kElement>
+INLINE __m256 load_panel(const void* panel, size_t index) {
+    if constexpr (kElement == Element::F32) return _mm256_loadu_ps(static_cast<const float*>(panel) + index);
+    if constexpr (kElement == Element::F16) return load_half(static_cast<const uint16_t*>(panel) + index);
+    if constexpr (kElement == Element::BF16) {
+        const void* p = static_cast<const uint16_t*>(panel) + index;
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    return small_signed(static_cast<const uint8_t*>(panel) + index);
+}
+
+template <Element kElement, int kRows>
+INLINE void panel_half(const float* a, size_t a_stride, const void* panel, size_t first, size_t depth, float* c,
+                       size_t c_stride, bool add) {
+    __m256 sum[kRows][2];
+    UNROLL for (int m = 0; m < kRows; m++) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+    for (size_t k = 0; k < depth; k++) {
+        const __m256 p0 = load_panel<kElement>(panel, k * kBlockColumns + first);
+        const __m256 p1 = load_panel<kElement>(panel, k * kBlockColumns + first + 8);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            const __m256 x = _mm256_broadcast_ss(a + m * a_stride + k);
+            sum[m][0] = _mm256_fmadd_ps(x, p0, sum[m][0]);
+            sum[m][1] = _mm256_fmadd_ps(x, p1, sum[m][1]);
+        }
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int v = 0; v < 2; v++) {
+            float* out = c + m * c_stride + first + 8 * v;
+            _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), sum[m][v]) : sum[m][v]);
+        }
+    }
+}
+
+template <Element kElement>
+void panel(const float* a, size_t a_stride, int num_rows, const void* data, size_t depth, float* c, size_t c_stride,
+           bool add) {
+    while (num_rows > 0) {
+        const int rows = num_rows >= 4 ? 4 : num_rows;
+        for (size_t first = 0; first < kBlockColumns; first += 16) {
+            switch (rows) {
+                case 4: panel_half<kElement, 4>(a, a_stride, data, first, depth, c, c_stride, add); break;
+                case 3: panel_half<kElement, 3>(a, a_stride, data, first, depth, c, c_stride, add); break;
+                case 2: panel_half<kElement, 2>(a, a_stride, data, first, depth, c, c_stride, add); break;
+                default: panel_half<kElement, 1>(a, a_stride, data, first, depth, c, c_stride, add); break;
+            }
+        }
+        a += rows * a_stride;
+        c += rows * c_stride;
+        num_rows -= rows;
+    }
+}
+
+INLINE __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+INLINE float reduce_max(__m256 x) {
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
+INLINE float reduce_add(__m256 x) {
+    __m128 v = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+
+// 16 values to int8 and their sum.
+INLINE int32_t quantize16(const float* x, __m256 inverse, int8_t* q) {
+    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
+    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse));
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    const __m256i sum = _mm256_add_epi32(a, b);
+    __m128i v = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+
+INLINE float largest(const float* x, size_t n) {
+    __m256 top = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, absolute(_mm256_loadu_ps(x + i)));
+    return reduce_max(top);
+}
+
+float quantize_vector(const float* x, size_t n, int8_t* q) {
+    const float max = largest(x, n);
+    const __m256 inverse = _mm256_set1_ps(max > 0 ? 127.0f / max : 0);
+    for (size_t i = 0; i < n; i += 16) quantize16(x + i, inverse, q + i);
+    return max / 127.0f;
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = largest(x, kGroup);
+        const __m256 inverse = _mm256_set1_ps(max > 0 ? 127.0f / max : 0);
+        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+        scale[g] = max / 127.0f;
+    }
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+    const __m256 high = _mm256_set1_ps(65504.0f), low = _mm256_set1_ps(-65504.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256 v = _mm256_max_ps(_mm256_min_ps(_mm256_loadu_ps(x + i), high), low);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
+INLINE __m256 exponential(__m256 x) {
+    x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+    __m256 p = _mm256_set1_ps(1.0f / 720);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+// Lanes below n - i.
+INLINE __m256i tail_mask(size_t left) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+void rms_norm(const float* x, const float* weight, size_t n, float eps, float* y) {
+    __m256 squares = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256 v = _mm256_maskload_ps(x + i, tail_mask(n - i));
+        squares = _mm256_fmadd_ps(v, v, squares);
+    }
+    const __m256 inverse = _mm256_set1_ps(1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + eps));
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i mask = tail_mask(n - i);
+        const __m256 v = _mm256_mul_ps(_mm256_maskload_ps(x + i, mask), inverse);
+        _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(v, _mm256_maskload_ps(weight + i, mask)));
+    }
+}
+
+void silu_mul(const float* gate, const float* up, size_t n, float* y) {
+    const __m256 one = _mm256_set1_ps(1), limit = _mm256_set1_ps(88.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i mask = tail_mask(n - i);
+        const __m256 g = _mm256_maskload_ps(gate + i, mask);
+        const __m256 e = exponential(_mm256_min_ps(_mm256_sub_ps(_mm256_setzero_ps(), g), limit));
+        const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, e));
+        _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(_mm256_maskload_ps(up + i, mask), silu));
+    }
+}
+
+void multiply(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+}
+
+void blend(float alpha, float* x, float beta, const float* y, size_t n) {
+    const __m256 a = _mm256_set1_ps(alpha), b = _mm256_set1_ps(beta);
+    for (size_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_fmadd_ps(b, _mm256_loadu_ps(y + i), _mm256_mul_ps(a, _mm256_loadu_ps(x + i))));
+}
+
+void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i before = _mm256_set1_epi32(int(low) - 1), end = _mm256_set1_epi32(int(high));
+    const auto inside = [&](size_t i) __attribute__((always_inline)) {
+        const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(int(i)), lane);
+        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpgt_epi32(index, before), _mm256_cmpgt_epi32(end, index)));
+    };
+    const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
+    __m256 top = lowest;
+    for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, _mm256_blendv_ps(lowest, _mm256_loadu_ps(s + i), inside(i)));
+    *max = reduce_max(top);
+    const __m256 shift = _mm256_set1_ps(*max);
+    __m256 total = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256 p = _mm256_and_ps(inside(i), exponential(_mm256_sub_ps(_mm256_loadu_ps(s + i), shift)));
+        total = _mm256_add_ps(total, p);
+        _mm256_storeu_ps(s + i, p);
+    }
+    *sum = reduce_add(total);
+}
+
+uint64_t spin_int8(uint64_t iterations) {
+    __m256i acc[8], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(1);
+    UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm256_set1_epi32(i);
+    for (uint64_t n = 0; n < iterations; n++) {
+        UNROLL for (int i = 0; i < 8; i++) {
+            acc[i] = _mm256_add_epi16(acc[i], _mm256_maddubs_epi16(a, b));
+            asm volatile("" : "+x"(a), "+x"(b));
+        }
+    }
+    volatile int sink = 0;
+    UNROLL for (int i = 0; i < 8; i++) sink = sink + _mm256_extract_epi32(acc[i], 0);
+    return iterations * 8 * 64;
+}
+
+uint64_t read_bytes(const uint8_t* data, size_t bytes) {
+    __m256i sum[8];
+    UNROLL for (int j = 0; j < 8; j++) sum[j] = _mm256_setzero_si256();
+    for (size_t i = 0; i + 256 <= bytes; i += 256) {
+        UNROLL for (int j = 0; j < 8; j++) sum[j] = _mm256_xor_si256(sum[j], load(data + i + 32 * j));
+    }
+    UNROLL for (int j = 1; j < 8; j++) sum[0] = _mm256_xor_si256(sum[0], sum[j]);
+    return uint64_t(_mm256_extract_epi64(sum[0], 0));
+}
+
+}  // namespace
+
+const Ops& ops_avx2() {
+    static const Ops table = {
+        "avx2",
+        {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+        {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
+        panel<Element::I8>,
+        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+    };
+    return table;
+}
+
+}  // namespace miniphi

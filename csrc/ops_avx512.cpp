@@ -1,0 +1,374 @@
+// AVX-512 with VNNI (Ice Lake, Zen 4 and later).
+//
+// tile      y[m][32] = sum over groups g of (sum_k q_w q_a) * d_g * s_mg, rows m <= 6. Codes are unpacked in registers;
+//           one broadcast of 4 activations feeds two VPDPBUSD (u8 codes x s8 activations). The zero point is paid for
+//           once per group: accumulators start at -zero * sum(q_a). 12 int32 and 12 float accumulators, two code
+//           vectors, mask and broadcast fill the 32 registers; more rows spill.
+// panel     the same shape for float panels (also attention's Q K^T and P V).
+// With one or two rows a second set of int32 accumulators hides VPDPBUSD's latency; integers add exactly in any order.
+#include <immintrin.h>
+
+#include "ops.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace miniphi {
+namespace {
+
+INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+INLINE __m512 load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+INLINE __m512i broadcast4(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// Codes of step s for 16 rows, given its nibble vector (already shifted for odd steps) and the group's high plane.
+template <int kBits, int kStep>
+INLINE __m512i with_high_bits(__m512i nibbles, const uint8_t* high_half) {
+    const __m512i low = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+    if constexpr (kBits == 4) return low;
+    constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
+    __m512i high = load(kBits == 5 ? high_half : high_half + kStep / 4 * 64);
+    if constexpr (shift > 0) high = _mm512_srli_epi16(high, shift);
+    if constexpr (shift < 0) high = _mm512_slli_epi16(high, -shift);
+    // low | (high & mask)
+    return _mm512_ternarylogic_epi64(low, high, _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30), 0xf8);
+}
+
+template <int kRows>
+struct Accumulators {
+    static constexpr int kSets = kRows <= 2 ? 2 : 1;
+    __m512i v[kSets][kRows][2];
+};
+
+template <int kBits, int kStep, int kRows>
+INLINE void step(const uint8_t* w, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+    constexpr int set = kStep % Accumulators<kRows>::kSets;
+    __m512i codes[2];
+    UNROLL for (int h = 0; h < 2; h++) {
+        if constexpr (kBits == 8) {
+            codes[h] = load(w + (2 * kStep + h) * 64);
+        } else {
+            __m512i v = load(w + (2 * (kStep / 2) + h) * 64);
+            if constexpr (kStep % 2) v = _mm512_srli_epi16(v, 4);
+            codes[h] = with_high_bits<kBits, kStep>(v, w + 512 + h * (kBits - 4) * 64);
+        }
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        const __m512i a = broadcast4(q[m] + k + kStep * 4);
+        acc.v[set][m][0] = _mm512_dpbusd_epi32(acc.v[set][m][0], codes[0], a);
+        acc.v[set][m][1] = _mm512_dpbusd_epi32(acc.v[set][m][1], codes[1], a);
+    }
+}
+
+template <int kBits, int kRows, int kFirst, int kLast>
+INLINE void steps(const uint8_t* w, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+    if constexpr (kFirst < kLast) {
+        step<kBits, kFirst, kRows>(w, q, k, acc);
+        steps<kBits, kRows, kFirst + 1, kLast>(w, q, k, acc);
+    }
+}
+
+template <int kRows>
+INLINE void start(Accumulators<kRows>& acc, bool has_zero, const int32_t* const* correction, size_t index) {
+    UNROLL for (int m = 0; m < kRows; m++) {
+        const __m512i first = has_zero ? _mm512_set1_epi32(correction[m][index]) : _mm512_setzero_si512();
+        acc.v[0][m][0] = acc.v[0][m][1] = first;
+        if constexpr (Accumulators<kRows>::kSets == 2) acc.v[1][m][0] = acc.v[1][m][1] = _mm512_setzero_si512();
+    }
+}
+
+template <int kRows>
+INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const float* const* scale, size_t g,
+                   __m512 (*sum)[2]) {
+    UNROLL for (int m = 0; m < kRows; m++) {
+        const __m512 s = _mm512_set1_ps(scale[m][g]);
+        UNROLL for (int h = 0; h < 2; h++) {
+            __m512i dot = acc.v[0][m][h];
+            if constexpr (Accumulators<kRows>::kSets == 2) dot = _mm512_add_epi32(dot, acc.v[1][m][h]);
+            sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(d[h], s), sum[m][h]);
+        }
+    }
+}
+
+INLINE __m512 small_unsigned(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE __m512 small_signed(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+template <Kind kKind, int kRows>
+void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
+    const int8_t* q[kRows];
+    const float *scale[kRows], *scaled_sum[kRows];
+    const int32_t* correction[kRows];
+    __m512 sum[kRows][2];
+    UNROLL for (int m = 0; m < kRows; m++) {
+        q[m] = a.q + (row + m) * a.q_stride;
+        scale[m] = a.scale + (row + m) * a.groups;
+        scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        correction[m] = a.correction + (row + m) * a.correction_stride;
+        sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    }
+    const uint8_t* super = w;
+    for (size_t g = 0; g < a.groups; g++) {
+        if constexpr (layout.super_bytes > 0) {
+            if (g % kSuperGroups == 0) {
+                super = w;
+                w += layout.super_bytes;
+            }
+        }
+        const uint8_t* scales = w + code_bytes;
+        Accumulators<kRows> acc;
+        __m512 d[2];
+        if constexpr (layout.scale == Scale::SuperHalf) {
+            start(acc, true, correction, 2 * g);
+            steps<layout.bits, kRows, 0, 4>(w, q, g * kGroup, acc);
+            UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 16 * h));
+            finish(acc, d, scale, g, sum);
+            start(acc, true, correction, 2 * g + 1);
+            steps<layout.bits, kRows, 4, 8>(w, q, g * kGroup, acc);
+            UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 32 + 16 * h));
+            finish(acc, d, scale, g, sum);
+        } else {
+            start(acc, layout.zero != 0, correction, g);
+            steps<layout.bits, kRows, 0, 8>(w, q, g * kGroup, acc);
+            UNROLL for (int h = 0; h < 2; h++) {
+                if constexpr (layout.scale == Scale::Super)
+                    d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_unsigned(scales + 16 * h));
+                else d[h] = load_half(scales + 32 * h);
+            }
+            finish(acc, d, scale, g, sum);
+        }
+        if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
+            UNROLL for (int h = 0; h < 2; h++) {
+                __m512 minimum;
+                if constexpr (layout.scale == Scale::Minimum) minimum = load_half(scales + 64 + 32 * h);
+                else minimum = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(load_half(super + 64 + 32 * h), small_unsigned(scales + 32 + 16 * h)));
+                UNROLL for (int m = 0; m < kRows; m++)
+                    sum[m][h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(scaled_sum[m][g]), sum[m][h]);
+            }
+        }
+        w += layout.group_bytes;
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            float* out = y + m * y_stride + 16 * h;
+            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[m][h]) : sum[m][h]);
+        }
+    }
+}
+
+template <Kind kKind>
+void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+    switch (num_rows) {
+        case 1: return tile_rows<kKind, 1>(block, a, row, y, y_stride, add);
+        case 2: return tile_rows<kKind, 2>(block, a, row, y, y_stride, add);
+        case 3: return tile_rows<kKind, 3>(block, a, row, y, y_stride, add);
+        case 4: return tile_rows<kKind, 4>(block, a, row, y, y_stride, add);
+        case 5: return tile_rows<kKind, 5>(block, a, row, y, y_stride, add);
+        default: return tile_rows<kKind, 6>(block, a, row, y, y_stride, add);
+    }
+}
+
+enum class Element { F32, F16, BF16, I8 };
+
+template <Element kElement>
+INLINE __m512 load_panel(const void* panel, size_t index) {
+    if constexpr (kElement == Element::F32) return _mm512_loadu_ps(static_cast<const float*>(panel) + index);
+    if constexpr (kElement == Element::F16) return load_half(static_cast<const uint16_t*>(panel) + index);
+    if constexpr (kElement == Element::BF16) {
+        const void* p = static_cast<const uint16_t*>(panel) + index;
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    return small_signed(static_cast<const uint8_t*>(panel) + index);
+}
+
+template <Element kElement, int kRows>
+void panel_rows(const float* a, size_t a_stride, const void* panel, size_t depth, float* c, size_t c_stride, bool add) {
+    __m512 sum[kRows][2];
+    UNROLL for (int m = 0; m < kRows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (size_t k = 0; k < depth; k++) {
+        const __m512 p0 = load_panel<kElement>(panel, k * kBlockColumns);
+        const __m512 p1 = load_panel<kElement>(panel, k * kBlockColumns + 16);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            const __m512 x = _mm512_set1_ps(a[m * a_stride + k]);
+            sum[m][0] = _mm512_fmadd_ps(x, p0, sum[m][0]);
+            sum[m][1] = _mm512_fmadd_ps(x, p1, sum[m][1]);
+        }
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            float* out = c + m * c_stride + 16 * h;
+            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[m][h]) : sum[m][h]);
+        }
+    }
+}
+
+template <Element kElement>
+void panel(const float* a, size_t a_stride, int num_rows, const void* data, size_t depth, float* c, size_t c_stride,
+           bool add) {
+    switch (num_rows) {
+        case 1: return panel_rows<kElement, 1>(a, a_stride, data, depth, c, c_stride, add);
+        case 2: return panel_rows<kElement, 2>(a, a_stride, data, depth, c, c_stride, add);
+        case 3: return panel_rows<kElement, 3>(a, a_stride, data, depth, c, c_stride, add);
+        case 4: return panel_rows<kElement, 4>(a, a_stride, data, depth, c, c_stride, add);
+        case 5: return panel_rows<kElement, 5>(a, a_stride, data, depth, c, c_stride, add);
+        case 6: return panel_rows<kElement, 6>(a, a_stride, data, depth, c, c_stride, add);
+        case 7: return panel_rows<kElement, 7>(a, a_stride, data, depth, c, c_stride, add);
+        default: return panel_rows<kElement, 8>(a, a_stride, data, depth, c, c_stride, add);
+    }
+}
+
+INLINE __m512 absolute(__m512 x) { return _mm512_abs_ps(x); }
+
+INLINE __m128i quantize16(const float* x, __m512 inverse) {
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), inverse)));
+}
+
+float quantize_vector(const float* x, size_t n, int8_t* q) {
+    __m512 top = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, absolute(_mm512_loadu_ps(x + i)));
+    const float max = _mm512_reduce_max_ps(top);
+    const __m512 inverse = _mm512_set1_ps(max > 0 ? 127.0f / max : 0);
+    for (size_t i = 0; i < n; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), quantize16(x + i, inverse));
+    return max / 127.0f;
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = _mm512_reduce_max_ps(_mm512_max_ps(absolute(_mm512_loadu_ps(x)), absolute(_mm512_loadu_ps(x + 16))));
+        const __m512 inverse = _mm512_set1_ps(max > 0 ? 127.0f / max : 0);
+        for (int h = 0; h < 2; h++) {
+            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * h), inverse));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * h), _mm512_cvtepi32_epi8(codes));
+            sum16[h] = _mm512_reduce_add_epi32(codes);
+        }
+        scale[g] = max / 127.0f;
+    }
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+    const __m512 limit = _mm512_set1_ps(65504.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_max_ps(_mm512_min_ps(_mm512_loadu_ps(x + i), limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+INLINE __mmask16 tail_mask(size_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
+
+void rms_norm(const float* x, const float* weight, size_t n, float eps, float* y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(tail_mask(n - i), x + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / float(n) + eps));
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = tail_mask(n - i);
+        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse);
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+    }
+}
+
+void silu_mul(const float* gate, const float* up, size_t n, float* y) {
+    const __m512 one = _mm512_set1_ps(1), limit = _mm512_set1_ps(88.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = tail_mask(n - i);
+        const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+        const __m512 e = exponential(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), limit));
+        const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, e));
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, up + i), silu));
+    }
+}
+
+void multiply(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(y + i)));
+}
+
+void blend(float alpha, float* x, float beta, const float* y, size_t n) {
+    const __m512 a = _mm512_set1_ps(alpha), b = _mm512_set1_ps(beta);
+    for (size_t i = 0; i < n; i += 16)
+        _mm512_storeu_ps(x + i, _mm512_fmadd_ps(b, _mm512_loadu_ps(y + i), _mm512_mul_ps(a, _mm512_loadu_ps(x + i))));
+}
+
+void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i first = _mm512_set1_epi32(int(low)), last = _mm512_set1_epi32(int(high));
+    const auto inside = [&](size_t i) __attribute__((always_inline)) {
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int(i)), lane);
+        return _mm512_kand(_mm512_cmpge_epi32_mask(index, first), _mm512_cmplt_epi32_mask(index, last));
+    };
+    __m512 top = _mm512_set1_ps(-__builtin_inff());
+    for (size_t i = 0; i < n; i += 16) top = _mm512_mask_max_ps(top, inside(i), top, _mm512_loadu_ps(s + i));
+    *max = _mm512_reduce_max_ps(top);
+    const __m512 shift = _mm512_set1_ps(*max);
+    __m512 total = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 p = _mm512_maskz_mov_ps(inside(i), exponential(_mm512_sub_ps(_mm512_loadu_ps(s + i), shift)));
+        total = _mm512_add_ps(total, p);
+        _mm512_storeu_ps(s + i, p);
+    }
+    *sum = _mm512_reduce_add_ps(total);
+}
+
+uint64_t spin_int8(uint64_t iterations) {
+    __m512i acc[12], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(1);
+    UNROLL for (int i = 0; i < 12; i++) acc[i] = _mm512_set1_epi32(i);
+    for (uint64_t n = 0; n < iterations; n++) {
+        UNROLL for (int i = 0; i < 12; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
+        asm volatile("" : "+v"(a), "+v"(b));
+    }
+    volatile int sink = 0;
+    UNROLL for (int i = 0; i < 12; i++) sink = sink + _mm512_reduce_add_epi32(acc[i]);
+    return iterations * 12 * 128;
+}
+
+uint64_t read_bytes(const uint8_t* data, size_t bytes) {
+    __m512i sum[8];
+    UNROLL for (int j = 0; j < 8; j++) sum[j] = _mm512_setzero_si512();
+    for (size_t i = 0; i + 512 <= bytes; i += 512) {
+        UNROLL for (int j = 0; j < 8; j++) sum[j] = _mm512_xor_si512(sum[j], load(data + i + 64 * j));
+    }
+    UNROLL for (int j = 1; j < 8; j++) sum[0] = _mm512_xor_si512(sum[0], sum[j]);
+    return uint64_t(_mm512_reduce_add_epi64(sum[0]));
+}
+
+}  // namespace
+
+const Ops& ops_avx512() {
+    static const Ops table = {
+        "avx512",
+        {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+        {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
+        panel<Element::I8>,
+        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+    };
+    return table;
+}
+
+}  // namespace miniphi

@@ -1,0 +1,161 @@
+// Plain loops: what every other instruction set must match, and what runs where nothing better is known.
+#include <algorithm>
+#include <cmath>
+
+#include "half.h"
+#include "ops.h"
+
+namespace miniphi {
+namespace {
+
+// The code of row n, step s, position kk in a group.
+template <int kBits>
+int code_at(const uint8_t* group, int s, int n, int kk) {
+    const int half = n / 16, byte = (n % 16) * 4 + kk;
+    if (kBits == 8) return group[(2 * s + half) * 64 + byte];
+    int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
+    const uint8_t* high = group + 512;
+    if (kBits == 5) code |= ((high[half * 64 + byte] >> s) & 1) << 4;
+    if (kBits == 6) code |= ((high[(2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
+    return code;
+}
+
+template <Kind kKind>
+void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
+    constexpr int halves = layout.scale == Scale::SuperHalf ? 2 : 1;
+    for (int i = 0; i < num_rows; i++) {
+        const int8_t* q = a.q + (row + i) * a.q_stride;
+        const float* scale = a.scale + (row + i) * a.groups;
+        const float* scaled_sum = a.scaled_sum + (row + i) * a.groups;
+        const int32_t* correction = a.correction + (row + i) * a.correction_stride;
+        float sum[kBlockColumns] = {};
+        const uint8_t* w = block;
+        const uint16_t* super = nullptr;
+        for (size_t g = 0; g < a.groups; g++) {
+            if (layout.super_bytes && g % kSuperGroups == 0) {
+                super = reinterpret_cast<const uint16_t*>(w);
+                w += layout.super_bytes;
+            }
+            const uint8_t* scales = w + code_bytes;
+            const uint16_t* f16 = reinterpret_cast<const uint16_t*>(scales);
+            for (int n = 0; n < int(kBlockColumns); n++) {
+                for (int h = 0; h < halves; h++) {
+                    int32_t dot = layout.zero ? correction[g * halves + h] : 0;
+                    for (int s = h * 8 / halves; s < (h + 1) * 8 / halves; s++)
+                        for (int kk = 0; kk < 4; kk++) dot += code_at<layout.bits>(w, s, n, kk) * q[g * kGroup + s * 4 + kk];
+                    float d;
+                    if (layout.scale == Scale::Super) d = from_f16(super[n]) * float(scales[n]);
+                    else if (layout.scale == Scale::SuperHalf) d = from_f16(super[n]) * float(int8_t(scales[32 * h + n]));
+                    else d = from_f16(f16[n]);
+                    sum[n] += float(dot) * (d * scale[g]);
+                }
+                if (layout.scale == Scale::Minimum) sum[n] += from_f16(f16[32 + n]) * scaled_sum[g];
+                if (layout.scale == Scale::Super) sum[n] -= from_f16(super[32 + n]) * float(scales[32 + n]) * scaled_sum[g];
+            }
+            w += layout.group_bytes;
+        }
+        for (size_t n = 0; n < kBlockColumns; n++) y[i * y_stride + n] = add ? y[i * y_stride + n] + sum[n] : sum[n];
+    }
+}
+
+template <typename T, float (*kLoad)(T)>
+void panel(const float* a, size_t a_stride, int num_rows, const void* data, size_t depth, float* c, size_t c_stride,
+           bool add) {
+    const T* p = static_cast<const T*>(data);
+    for (int i = 0; i < num_rows; i++) {
+        float sum[kBlockColumns] = {};
+        for (size_t k = 0; k < depth; k++)
+            for (size_t n = 0; n < kBlockColumns; n++) sum[n] += a[i * a_stride + k] * kLoad(p[k * kBlockColumns + n]);
+        for (size_t n = 0; n < kBlockColumns; n++) c[i * c_stride + n] = add ? c[i * c_stride + n] + sum[n] : sum[n];
+    }
+}
+
+float load_f32(float x) { return x; }
+float load_i8(int8_t x) { return float(x); }
+
+float quantize_vector(const float* x, size_t n, int8_t* q) {
+    float max = 0;
+    for (size_t i = 0; i < n; i++) max = std::max(max, std::fabs(x[i]));
+    const float inverse = max > 0 ? 127.0f / max : 0;
+    for (size_t i = 0; i < n; i++) q[i] = int8_t(std::nearbyint(x[i] * inverse));
+    return max / 127.0f;
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++) scale[g] = quantize_vector(x + g * kGroup, kGroup, q + g * kGroup);
+    for (size_t g = 0; g < k / 16; g++) {
+        sum16[g] = 0;
+        for (size_t i = 0; i < 16; i++) sum16[g] += q[g * 16 + i];
+    }
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+    for (size_t i = 0; i < n; i++) y[i] = to_f16_scalar(x[i]);
+}
+
+void rms_norm(const float* x, const float* weight, size_t n, float eps, float* y) {
+    float sum[16] = {}, total = 0;
+    for (size_t i = 0; i < n; i++) sum[i % 16] += x[i] * x[i];
+    for (float s : sum) total += s;
+    const float inverse = 1.0f / std::sqrt(total / float(n) + eps);
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
+}
+
+void silu_mul(const float* gate, const float* up, size_t n, float* y) {
+    for (size_t i = 0; i < n; i++) y[i] = up[i] * gate[i] / (1.0f + std::exp(-gate[i]));
+}
+
+void multiply(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] *= y[i];
+}
+
+void blend(float alpha, float* x, float beta, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = alpha * x[i] + beta * y[i];
+}
+
+void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+    float top = -INFINITY, lanes[16] = {}, total = 0;
+    for (size_t i = low; i < high; i++) top = std::max(top, s[i]);
+    for (size_t i = 0; i < n; i++) {
+        s[i] = i >= low && i < high ? std::exp(s[i] - top) : 0;
+        lanes[i % 16] += s[i];
+    }
+    for (float lane : lanes) total += lane;
+    *max = top;
+    *sum = total;
+}
+
+uint64_t spin_int8(uint64_t iterations) {
+    volatile int32_t sink = 0;
+    int32_t sum[64] = {};
+    for (uint64_t i = 0; i < iterations; i++)
+        for (int j = 0; j < 64; j++) sum[j] += int8_t(i) * int8_t(j);
+    for (int32_t s : sum) sink = sink + s;
+    return iterations * 128;
+}
+
+uint64_t read_bytes(const uint8_t* data, size_t bytes) {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(data);
+    uint64_t sum[8] = {};
+    for (size_t i = 0; i + 8 <= bytes / 8; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] ^= words[i + j];
+    return sum[0] ^ sum[1] ^ sum[2] ^ sum[3] ^ sum[4] ^ sum[5] ^ sum[6] ^ sum[7];
+}
+
+}  // namespace
+
+const Ops& ops_portable() {
+    static const Ops table = {
+        "portable",
+        {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+        {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},
+        panel<int8_t, load_i8>,
+        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+    };
+    return table;
+}
+
+}  // namespace miniphi

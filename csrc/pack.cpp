@@ -1,0 +1,225 @@
+#include "pack.h"
+
+#include <cstring>
+
+#include "half.h"
+
+namespace miniphi {
+namespace {
+
+struct Stored {
+    size_t values, bytes;   // of one stored block
+};
+
+Stored stored_of(Kind kind) {
+    switch (kind) {
+        case Kind::F32: return {1, 4};
+        case Kind::F16:
+        case Kind::BF16: return {1, 2};
+        case Kind::Q8_0: return {32, 34};
+        case Kind::Q4_0: return {32, 18};
+        case Kind::Q4_1: return {32, 20};
+        case Kind::Q5_0: return {32, 22};
+        case Kind::Q5_1: return {32, 24};
+        case Kind::Q4_K: return {256, 144};
+        case Kind::Q5_K: return {256, 176};
+        case Kind::Q6_K: return {256, 210};
+    }
+    return {1, 1};
+}
+
+uint16_t u16(const uint8_t* p) {
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    return value;
+}
+
+void put_u16(uint8_t* p, uint16_t value) { std::memcpy(p, &value, 2); }
+
+// 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K superblock.
+void super_scale(const uint8_t* scales, size_t j, uint8_t* scale, uint8_t* minimum) {
+    if (j < 4) {
+        *scale = scales[j] & 63;
+        *minimum = scales[j + 4] & 63;
+    } else {
+        *scale = uint8_t((scales[j + 4] & 15) | ((scales[j - 4] >> 6) << 4));
+        *minimum = uint8_t((scales[j + 4] >> 4) | ((scales[j] >> 6) << 4));
+    }
+}
+
+// Codes (as stored in the packed block: unsigned, with the zero point inside) of group g of a stored row.
+void codes_of(Kind kind, const uint8_t* row, size_t g, uint8_t* codes) {
+    const Stored stored = stored_of(kind);
+    const uint8_t* b = row + g * kGroup / stored.values * stored.bytes;
+    const size_t j = g % kSuperGroups;
+    switch (kind) {
+        case Kind::Q8_0:
+            for (size_t i = 0; i < 32; i++) codes[i] = uint8_t(b[2 + i] + 128);
+            return;
+        case Kind::Q4_0:
+        case Kind::Q4_1:
+        case Kind::Q5_0:
+        case Kind::Q5_1: {
+            const bool five = kind == Kind::Q5_0 || kind == Kind::Q5_1;
+            const uint8_t* p = b + (kind == Kind::Q4_1 || kind == Kind::Q5_1 ? 4 : 2);
+            const uint8_t* nibbles = five ? p + 4 : p;
+            for (size_t i = 0; i < 16; i++) {
+                codes[i] = nibbles[i] & 15;
+                codes[i + 16] = nibbles[i] >> 4;
+            }
+            if (five)
+                for (size_t i = 0; i < 32; i++) codes[i] |= uint8_t(((p[i / 8] >> (i % 8)) & 1) << 4);
+            return;
+        }
+        case Kind::Q4_K:
+        case Kind::Q5_K: {
+            const uint8_t* nibbles = b + 16 + (kind == Kind::Q5_K ? 32 : 0) + 32 * (j / 2);
+            for (size_t i = 0; i < 32; i++) codes[i] = uint8_t((nibbles[i] >> (4 * (j % 2))) & 15);
+            if (kind == Kind::Q5_K)
+                for (size_t i = 0; i < 32; i++) codes[i] |= uint8_t(((b[16 + i] >> j) & 1) << 4);
+            return;
+        }
+        case Kind::Q6_K: {   // two halves of 128; in each, 4 groups of 32
+            const size_t part = j % 4;
+            const uint8_t *low = b + 64 * (j / 4) + 32 * (part % 2), *high = b + 128 + 32 * (j / 4);
+            for (size_t i = 0; i < 32; i++)
+                codes[i] = uint8_t(((low[i] >> (4 * (part / 2))) & 15) | (((high[i] >> (2 * part)) & 3) << 4));
+            return;
+        }
+        default: return;
+    }
+}
+
+// Interleave one row's codes for 4-way dot products: four codes of a step are one 32-bit word.
+void put_codes(int bits, size_t n, const uint8_t* codes, uint8_t* group) {
+    const size_t half = n / 16, lane = n % 16 * 4;
+    const auto put = [&](size_t vector, uint32_t word) { std::memcpy(group + vector * 64 + lane, &word, 4); };
+    uint32_t step[8];
+    std::memcpy(step, codes, kGroup);
+    if (bits == 8) {
+        for (size_t s = 0; s < 8; s++) put(2 * s + half, step[s]);
+        return;
+    }
+    constexpr uint32_t low = 0x0f0f0f0f;
+    for (size_t j = 0; j < 4; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
+    const auto high = [&](size_t s) { return (step[s] & ~low) >> 4; };
+    uint32_t word = 0;
+    if (bits == 5) {
+        for (size_t s = 0; s < 8; s++) word |= high(s) << s;
+        put(8 + half, word);
+    }
+    if (bits == 6) {
+        for (size_t i = 0; i < 2; i++, word = 0) {
+            for (size_t s = 0; s < 4; s++) word |= high(4 * i + s) << (2 * s);
+            put(8 + 2 * half + i, word);
+        }
+    }
+}
+
+void put_scales(Kind kind, const Layout& layout, const uint8_t* row, size_t g, size_t n, uint8_t* super, uint8_t* scales) {
+    const Stored stored = stored_of(kind);
+    const uint8_t* b = row + g * kGroup / stored.values * stored.bytes;
+    const size_t j = g % kSuperGroups;
+    switch (layout.scale) {
+        case Scale::Symmetric: put_u16(scales + 2 * n, u16(b)); return;
+        case Scale::Minimum:
+            put_u16(scales + 2 * n, u16(b));
+            put_u16(scales + 64 + 2 * n, u16(b + 2));
+            return;
+        case Scale::Super:
+            put_u16(super + 2 * n, u16(b));
+            put_u16(super + 64 + 2 * n, u16(b + 2));
+            super_scale(b + 4, j, scales + n, scales + 32 + n);
+            return;
+        case Scale::SuperHalf:
+            put_u16(super + 2 * n, u16(b + 208));
+            scales[n] = b[192 + 8 * (j / 4) + 2 * (j % 4)];
+            scales[32 + n] = b[192 + 8 * (j / 4) + 2 * (j % 4) + 1];
+            return;
+    }
+}
+
+int code_at(int bits, const uint8_t* group, size_t i, size_t n) {
+    const size_t half = n / 16, s = i / 4, byte = n % 16 * 4 + i % 4;
+    if (bits == 8) return group[(2 * s + half) * 64 + byte];
+    int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
+    if (bits == 5) code |= ((group[512 + half * 64 + byte] >> s) & 1) << 4;
+    if (bits == 6) code |= ((group[512 + (2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
+    return code;
+}
+
+size_t code_bytes(const Layout& layout) { return layout.bits == 8 ? 1024 : 512 + size_t(layout.bits - 4) * 128; }
+
+}  // namespace
+
+size_t stored_row_bytes(Kind kind, size_t depth) {
+    const Stored stored = stored_of(kind);
+    return depth / stored.values * stored.bytes;
+}
+
+void pack_block(Kind kind, const uint8_t* const rows[kBlockColumns], size_t depth, uint8_t* block) {
+    std::memset(block, 0, block_bytes(kind, depth));
+    if (!is_quantized(kind)) {
+        const size_t size = float_bytes(kind);
+        for (size_t n = 0; n < kBlockColumns; n++) {
+            if (!rows[n]) continue;
+            if (size == 4) {
+                for (size_t k = 0; k < depth; k++) std::memcpy(block + (k * kBlockColumns + n) * 4, rows[n] + k * 4, 4);
+            } else {
+                for (size_t k = 0; k < depth; k++) std::memcpy(block + (k * kBlockColumns + n) * 2, rows[n] + k * 2, 2);
+            }
+        }
+        return;
+    }
+    const Layout layout = layout_of(kind);
+    uint8_t* super = block;
+    for (size_t g = 0; g < depth / kGroup; g++) {
+        if (layout.super_bytes && g % kSuperGroups == 0) {
+            super = block;
+            block += layout.super_bytes;
+        }
+        for (size_t n = 0; n < kBlockColumns; n++) {
+            if (!rows[n]) continue;
+            uint8_t codes[kGroup];
+            codes_of(kind, rows[n], g, codes);
+            put_codes(layout.bits, n, codes, block);
+            put_scales(kind, layout, rows[n], g, n, super, block + code_bytes(layout));
+        }
+        block += layout.group_bytes;
+    }
+}
+
+void unpack_column(Kind kind, const uint8_t* block, size_t n, size_t depth, float* y) {
+    if (!is_quantized(kind)) {
+        for (size_t k = 0; k < depth; k++) {
+            const size_t index = k * kBlockColumns + n;
+            if (kind == Kind::F32) std::memcpy(y + k, block + index * 4, 4);
+            else y[k] = kind == Kind::F16 ? from_f16(u16(block + index * 2)) : from_bf16(u16(block + index * 2));
+        }
+        return;
+    }
+    const Layout layout = layout_of(kind);
+    const uint8_t* super = block;
+    for (size_t g = 0; g < depth / kGroup; g++, y += kGroup) {
+        if (layout.super_bytes && g % kSuperGroups == 0) {
+            super = block;
+            block += layout.super_bytes;
+        }
+        const uint8_t* scales = block + code_bytes(layout);
+        const float first = layout.super_bytes ? from_f16(u16(super + 2 * n)) : from_f16(u16(scales + 2 * n));
+        for (size_t i = 0; i < kGroup; i++) {
+            const int q = code_at(layout.bits, block, i, n) - layout.zero;
+            switch (layout.scale) {
+                case Scale::Symmetric: y[i] = first * float(q); break;
+                case Scale::Minimum: y[i] = first * float(q) + from_f16(u16(scales + 64 + 2 * n)); break;
+                case Scale::Super:
+                    y[i] = first * float(scales[n]) * float(q) - from_f16(u16(super + 64 + 2 * n)) * float(scales[32 + n]);
+                    break;
+                case Scale::SuperHalf: y[i] = first * float(int8_t(scales[32 * (i / 16) + n])) * float(q); break;
+            }
+        }
+        block += layout.group_bytes;
+    }
+}
+
+}  // namespace miniphi

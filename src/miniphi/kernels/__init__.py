@@ -1,0 +1,160 @@
+"""The door to the native kernels: weight formats, packed matrices, programs, and what this machine can do.
+
+Owns the names and numbers that Python and csrc share. Knows no model, no file and no scheduling.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniphi.errors import CapacityError, InvalidRequestError, MiniphiError
+
+try:
+    from miniphi.kernels import _native
+except ImportError as error:  # pragma: no cover - only a broken installation gets here
+    raise MiniphiError(
+        f"the native kernels cannot be loaded ({error}); install miniphi again with a C++20 compiler: pip install ."
+    ) from error
+
+__all__ = [
+    "CacheType",
+    "Kind",
+    "MachineLimits",
+    "NativeProgram",
+    "PackedMatrix",
+    "Packer",
+    "available_isas",
+    "cache_block_bytes",
+    "default_num_threads",
+    "matmul",
+    "measure_machine",
+    "selected_isa",
+]
+
+PackedMatrix = _native.PackedMatrix
+NativeProgram = _native.Program
+
+
+class Kind(IntEnum):
+    """Formats of a packed matrix, numbered as in csrc/blocks.h and named as in GGUF."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q8_0 = 3
+    Q4_0 = 4
+    Q4_1 = 5
+    Q5_0 = 6
+    Q5_1 = 7
+    Q4_K = 8
+    Q5_K = 9
+    Q6_K = 10
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether products with this matrix use int8 activations."""
+        return self >= Kind.Q8_0
+
+
+class CacheType(IntEnum):
+    """How keys and values are stored, numbered as in csrc/attention.h."""
+
+    F32 = 0
+    F16 = 1
+    Q8 = 2
+
+    @classmethod
+    def parse(cls, name: str) -> "CacheType":
+        """Return the type with this name. Raises InvalidRequestError for any other."""
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            known = ", ".join(member.name.lower() for member in cls)
+            raise InvalidRequestError(f"kv type {name!r} is unknown; choose one of {known}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineLimits:
+    """What the machine reached a moment ago, all threads together."""
+
+    isa: str
+    num_threads: int
+    int8_ops_per_s: float
+    read_bytes_per_s: float
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the instruction sets of this build that this processor runs, best first."""
+    return tuple(_native.available_isas())
+
+
+def selected_isa(name: str | None = None) -> str:
+    """Return the instruction set that `name`, else MINIPHI_ISA, else the processor selects.
+
+    Raises InvalidRequestError if it is not available here.
+    """
+    try:
+        return _native.selected_isa(name or "")
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
+
+
+def default_num_threads() -> int:
+    """Return the number of physical cores that this process may use: a second thread on a core only adds noise."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+class Packer:
+    """Rearranges stored rows into the layout of csrc/blocks.h, without loss; matrices share large pieces of memory."""
+
+    def __init__(self, num_threads: int = 1) -> None:
+        if num_threads < 1:
+            raise InvalidRequestError(f"num_threads is {num_threads}; it must be at least 1")
+        self._native = _native.Packer(num_threads)
+
+    def pack(
+        self, kind: Kind, stored: NDArray[np.uint8], depth: int, row_order: NDArray[np.int32] | None = None
+    ) -> PackedMatrix:
+        """Pack a matrix from its stored rows, uint8 [rows, row_bytes] of `depth` values each.
+
+        Logical row i is stored row `row_order[i]`. Raises CapacityError if the memory cannot be had.
+        """
+        try:
+            return self._native.pack(int(kind), stored, depth, row_order)
+        except MemoryError:
+            raise CapacityError(f"no memory for a packed matrix of {stored.nbytes:,} bytes") from None
+
+
+def matmul(
+    matrices: Sequence[PackedMatrix], x: NDArray[np.float32], *, isa: str | None = None, num_threads: int = 1
+) -> NDArray[np.float32]:
+    """Return x [rows, K] times the transposed matrices, side by side: [rows, sum of N]."""
+    return _native.matmul(list(matrices), x, selected_isa(isa), num_threads)
+
+
+def cache_block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, cache_type: CacheType) -> int:
+    """Return the bytes of one cache block of 32 tokens, all layers."""
+    return _native.cache_block_bytes(num_layers, num_kv_heads, head_dim, int(cache_type))
+
+
+def measure_machine(
+    *, isa: str | None = None, num_threads: int | None = None, bytes_per_thread: int = 1 << 29, repeats: int = 3
+) -> MachineLimits:
+    """Measure the int8 rate and the memory read bandwidth: the limits of prefill and of decode. Takes about a second."""
+    isa = selected_isa(isa)
+    num_threads = num_threads or default_num_threads()
+    ops, read = _native.measure_machine(isa, num_threads, bytes_per_thread, repeats)
+    return MachineLimits(isa=isa, num_threads=num_threads, int8_ops_per_s=ops, read_bytes_per_s=read)
