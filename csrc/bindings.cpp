@@ -98,6 +98,79 @@ nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<f
     return result;
 }
 
+HeadShape head_shape(const nb::dict& heads) {
+    const auto size = [&](const char* name) { return nb::cast<size_t>(heads[name]); };
+    const HeadShape shape{size("num_layers"), size("num_heads"), size("num_kv_heads"), size("head_dim"), size("rotary_dim"), size("window")};
+    require(shape.num_kv_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0, "kv heads must divide heads");
+    require(shape.head_dim % 16 == 0 && shape.head_dim <= 512, "head_dim must be a multiple of 16 up to 512, got " + text(shape.head_dim));
+    require(shape.rotary_dim % 2 == 0 && shape.rotary_dim <= shape.head_dim, "rotary_dim must be even and at most head_dim");
+    return shape;
+}
+
+CacheType checked_cache_type(int type) {
+    require(type >= 0 && type <= int(CacheType::Q8), "unknown cache type");
+    return CacheType(type);
+}
+
+// Attention of one sequence outside a program, for tests: prefilled `chunk` tokens at a time from an empty cache.
+nb::object attention(const std::string& isa, int num_threads, const nb::dict& heads, int cache_type, ConstArray<float, 2> qkv,
+                     ConstArray<float, 2> cos, ConstArray<float, 2> sin, size_t chunk) {
+    const Ops& ops = select_ops(isa);
+    const HeadShape shape = head_shape(heads);
+    const size_t tokens = qkv.shape(0), width = shape.query_width() + 2 * shape.kv_width(), half = shape.rotary_dim / 2;
+    require(qkv.shape(1) == width && cos.shape(0) == tokens && sin.shape(0) == tokens && cos.shape(1) == half && sin.shape(1) == half,
+            "qkv, cos and sin do not fit the heads");
+    require(chunk >= 1 && num_threads >= 1, "attention needs a chunk size and a thread");
+    float* out;
+    nb::object result = new_array<float>({tokens, shape.query_width()}, &out);
+    const size_t blocks = (tokens + kCacheBlock - 1) / kCacheBlock;
+    const KvCache cache(shape, checked_cache_type(cache_type), blocks);
+    nb::gil_scoped_release release;
+    std::vector<float> rotated(qkv.data(), qkv.data() + tokens * width);
+    std::vector<int32_t> table(blocks), positions(tokens);
+    for (size_t i = 0; i < blocks; i++) table[i] = int32_t(blocks - 1 - i);
+    for (size_t i = 0; i < tokens; i++) positions[i] = int32_t(i);
+    ThreadPool pool(num_threads);
+    Attention engine(ops, shape, cache, num_threads);
+    for (size_t start = 0; start < tokens; start += chunk) {
+        const size_t count = std::min(chunk, tokens - start);
+        const int32_t starts[2] = {0, int32_t(count)}, length = int32_t(start + count);
+        const Sequences s{count, 1, blocks, positions.data() + start, starts, &length, table.data(), cos.data() + start * half, sin.data() + start * half};
+        WorkQueue work(1, num_threads);
+        engine.plan(s);
+        pool.run([&](int thread) {
+            float *rows = rotated.data() + start * width, *to = out + start * shape.query_width();
+            engine.rope_and_append(s, 0, rows, thread, num_threads);
+            pool.barrier().wait();
+            engine.attend(s, 0, rows, to, 0, thread, work);
+            pool.barrier().wait();
+            engine.merge(to, thread, num_threads);
+        });
+    }
+    return result;
+}
+
+nb::object rms_norm(const std::string& isa, ConstArray<float, 2> x, ConstArray<float, 1> weight, float eps) {
+    require(x.shape(1) == weight.shape(0), "rms_norm: widths differ");
+    float* y;
+    nb::object result = new_array<float>({x.shape(0), x.shape(1)}, &y);
+    for (size_t i = 0; i < x.shape(0); i++)
+        select_ops(isa).rms_norm(x.data() + i * x.shape(1), weight.data(), x.shape(1), eps, y + i * x.shape(1));
+    return result;
+}
+
+nb::object silu_mul(const std::string& isa, ConstArray<float, 2> gate_up) {
+    require(gate_up.shape(1) % 2 == 0, "silu_mul: rows must hold gate and up");
+    const size_t width = gate_up.shape(1) / 2;
+    float* y;
+    nb::object result = new_array<float>({gate_up.shape(0), width}, &y);
+    for (size_t i = 0; i < gate_up.shape(0); i++) {
+        const float* gate = gate_up.data() + 2 * i * width;
+        select_ops(isa).silu_mul(gate, gate + width, width, y + i * width);
+    }
+    return result;
+}
+
 using Positions = ConstArray<int32_t, 1>;
 
 struct Arrays {   // of one batch, as they come from engine/program.py
@@ -142,15 +215,10 @@ class BoundProgram {
 public:
     BoundProgram(const std::string& isa, int num_threads, size_t max_tokens, size_t max_logit_rows, nb::dict heads,
                  int cache_type, size_t num_blocks)
-        : shape_{nb::cast<size_t>(heads["num_layers"]), nb::cast<size_t>(heads["num_heads"]), nb::cast<size_t>(heads["num_kv_heads"]),
-                 nb::cast<size_t>(heads["head_dim"]), nb::cast<size_t>(heads["rotary_dim"]), nb::cast<size_t>(heads["window"])} {
+        : shape_(head_shape(heads)) {
         require(num_threads >= 1 && num_threads <= 1024, "num_threads must be 1 to 1024");
         require(max_tokens >= 1 && max_logit_rows >= 1 && num_blocks >= 1, "a program needs room for a token, a row of logits and a cache block");
-        require(shape_.num_kv_heads >= 1 && shape_.num_heads % shape_.num_kv_heads == 0, "kv heads must divide heads");
-        require(shape_.head_dim % 16 == 0 && shape_.head_dim <= 512, "head_dim must be a multiple of 16 up to 512, got " + text(shape_.head_dim));
-        require(shape_.rotary_dim % 2 == 0 && shape_.rotary_dim <= shape_.head_dim, "rotary_dim must be even and at most head_dim");
-        require(cache_type >= 0 && cache_type <= int(CacheType::Q8), "unknown cache type");
-        program_ = std::make_unique<Program>(select_ops(isa), num_threads, max_tokens, max_logit_rows, shape_, CacheType(cache_type), num_blocks);
+        program_ = std::make_unique<Program>(select_ops(isa), num_threads, max_tokens, max_logit_rows, shape_, checked_cache_type(cache_type), num_blocks);
     }
 
     Program& program() { return *program_; }
@@ -262,10 +330,13 @@ NB_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
     m.def("selected_isa", [](const std::string& isa) { return std::string(select_ops(isa).name); }, "isa"_a = "");
     m.def("matmul", &matmul, "matrices"_a, "x"_a.noconvert(), "isa"_a, "num_threads"_a);
+    m.def("attention", &attention, "isa"_a, "num_threads"_a, "heads"_a, "cache_type"_a, "qkv"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "chunk"_a);
+    m.def("rms_norm", &rms_norm, "isa"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a);
+    m.def("silu_mul", &silu_mul, "isa"_a, "gate_up"_a.noconvert());
     m.def("measure_machine", &measure_machine, "isa"_a, "num_threads"_a, "bytes_per_thread"_a, "repeats"_a);
     m.def("cache_block_bytes", [](size_t num_layers, size_t num_kv_heads, size_t head_dim, int type) {
         const HeadShape shape{num_layers, num_kv_heads, num_kv_heads, head_dim, head_dim, 0};
-        return num_layers * num_kv_heads * KvCache::head_bytes(shape, CacheType(type));
+        return num_layers * num_kv_heads * KvCache::head_bytes(shape, checked_cache_type(type));
     });
     nb::class_<PackedMatrix>(m, "PackedMatrix")
         .def_ro("rows", &PackedMatrix::rows)

@@ -153,7 +153,7 @@ def cache_block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, cache_t
 def measure_machine(
     *, isa: str | None = None, num_threads: int | None = None, bytes_per_thread: int = 1 << 29, repeats: int = 3
 ) -> MachineLimits:
-    """Measure the int8 rate and the memory read bandwidth: the limits of prefill and of decode. Takes about a second."""
+    """Measure the int8 rate and the read bandwidth: the limits of prefill and of decode. Takes about a second."""
     isa = selected_isa(isa)
     num_threads = num_threads or default_num_threads()
     ops, read = _native.measure_machine(isa, num_threads, bytes_per_thread, repeats)

@@ -1,7 +1,7 @@
 """Every operation in NumPy: what the native kernels are checked against.
 
-Plain float32 arithmetic in the order a textbook has it; `quantized_matmul` also rounds activations to int8 as the kernels do,
-so that it shows their error apart from the format's. Knows no model.
+Plain float32 arithmetic in the order a textbook has it; `quantized_matmul` also rounds activations to int8 as the
+kernels do, so that it shows their error apart from the format's. Knows no model.
 """
 
 import numpy as np
@@ -28,27 +28,25 @@ GROUP = 32
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """Return x / sqrt(mean(x^2) + eps) * weight, row by row."""
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
-    return (x / np.sqrt(mean_square + np.float32(eps))) * weight
+    return np.asarray(x / np.sqrt(mean_square + np.float32(eps)) * weight, np.float32)
 
 
 def silu_mul(gate_up: Floats) -> Floats:
     """Return up * gate * sigmoid(gate) for rows [gate | up]."""
     gate, up = np.split(gate_up, 2, axis=-1)
     with np.errstate(over="ignore"):
-        return up * (gate / (1 + np.exp(-gate)))
+        return np.asarray(up * (gate / (1 + np.exp(-gate))), np.float32)
 
 
 def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
-    """Rotate the first 2 * cos.shape[-1] dimensions of heads: x [tokens, heads, head_dim], cos and sin [tokens, half]."""
+    """Rotate the first 2 * half dimensions of heads: x [tokens, heads, head_dim], cos and sin [tokens, half]."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None, :], sin[:, None, :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def attention(
-    query: Floats, keys: Floats, values: Floats, positions: NDArray[np.int32], window: int | None
-) -> Floats:
+def attention(query: Floats, keys: Floats, values: Floats, positions: NDArray[np.int32], window: int | None) -> Floats:
     """Return causal attention of one sequence.
 
     Shapes: query [tokens, heads, head_dim] at `positions` [tokens]; keys and values [context, kv_heads, head_dim].
@@ -62,7 +60,8 @@ def attention(
     scores = np.where(visible[None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("htc,chd->thd", weights, values)
+    output: Floats = np.einsum("htc,chd->thd", weights, values)
+    return output
 
 
 def quantize_rows(x: Floats, group: int = GROUP) -> tuple[NDArray[np.int8], Floats]:
