@@ -1,0 +1,1 @@
+"""The command line: one small file per command. The only room that knows argparse, terminals and exit codes."""

@@ -1,0 +1,91 @@
+"""`miniphi bench`: prefill and decode speed, and how much of this machine's limits they use."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from miniphi.cli.options import DEFAULT_MODEL, KV_TYPES, fetch_default_model, positive_int
+from miniphi.cli.terminal import notice, print_table
+
+if TYPE_CHECKING:
+    from miniphi.engine.program import Program
+    from miniphi.engine.speed import SpeedReport
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's arguments."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a model's name or path (default: %(default)s)"
+    )
+    model.add_argument(
+        "--synthetic", metavar="NAME", help="random weights in the shape of this catalog model: nothing to download"
+    )
+    parser.add_argument("--type", choices=("q4", "q8"), default="q4", help="format of synthetic weights (default: q4)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: what suits the machine)")
+    parser.add_argument("--kv", choices=KV_TYPES, default="f16", help="format of the cache (default: %(default)s)")
+    parser.add_argument("--prompt", type=positive_int, default=512, metavar="N", help="prompt tokens (default: 512)")
+    parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="decoded tokens (default: 32)")
+    parser.add_argument(
+        "--streams", type=positive_int, default=8, metavar="N", help="sequences decoded together (default: 8)"
+    )
+    parser.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="take the median of (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from miniphi.engine.speed import measure_speed
+
+    program = _program(args)
+    report = measure_speed(
+        program, prompt_tokens=args.prompt, decode_tokens=args.tokens, streams=args.streams, repeats=args.repeats
+    )
+    if args.json:
+        print(json.dumps({"model": args.synthetic or args.model, "kv": args.kv} | report.to_dict(), indent=2))
+    else:
+        _print(report)
+    return 0
+
+
+def _program(args: argparse.Namespace) -> "Program":
+    from miniphi.checkpoint import open_checkpoint, synthetic_tensors
+    from miniphi.engine.batch import KV_BLOCK_SIZE
+    from miniphi.engine.program import Program, load_program
+    from miniphi.engine.speed import LazyTensors
+    from miniphi.engine.weights import pack_weights
+    from miniphi.kernels import default_num_threads
+    from miniphi.models import find_entry, resolve
+
+    threads = args.threads or default_num_threads()
+    context = args.prompt + args.tokens + KV_BLOCK_SIZE + args.streams * (args.tokens + 2 * KV_BLOCK_SIZE)
+    blocks = -(-context // KV_BLOCK_SIZE)
+    if args.synthetic:
+        config = find_entry(args.synthetic).model_config()
+        notice(f"making random {args.type} weights in the shape of {args.synthetic} ...")
+        weights = pack_weights(config, LazyTensors(synthetic_tensors(config, scheme=args.type)), num_threads=threads)
+        return Program(config, weights, num_kv_blocks=blocks, kv_type=args.kv, num_threads=threads)
+    fetch_default_model(args.model, None)
+    checkpoint = open_checkpoint(resolve(args.model))
+    return load_program(checkpoint, num_threads=threads, kv_type=args.kv, context=context)
+
+
+def _print(report: "SpeedReport") -> None:
+    print(f"{report.isa}, {report.num_threads} threads, weights {report.weight_bytes / 1e9:.2f} GB")
+    print(
+        f"this machine just now: {report.int8_ops_per_s / 1e9:.0f} int8 Gop/s, "
+        f"{report.read_bytes_per_s / 1e9:.1f} GB/s read"
+    )
+    prefill = "" if report.prefill_fraction is None else f"{report.prefill_fraction:.0%} of the int8 rate"
+    rows = [
+        (f"prefill of {report.prompt_tokens}", f"{report.prefill_tokens_per_s:.1f}", prefill),
+        (
+            f"decode at depth {report.decode_depth}",
+            f"{report.decode_tokens_per_s:.1f}",
+            f"{report.decode_fraction:.0%} of the read bandwidth",
+        ),
+        (f"{report.streams} streams together", f"{report.streams_tokens_per_s:.1f}", ""),
+    ]
+    print_table(("work", "tokens/s", "share of the limit"), rows)

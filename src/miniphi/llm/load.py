@@ -1,0 +1,101 @@
+"""`miniphi.load`: from a model's name to an LLM that is ready to answer.
+
+Owns the order of the steps; each step is another room's.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from miniphi.chat import ChatTemplate, builtin_template
+from miniphi.checkpoint import Checkpoint, open_checkpoint
+from miniphi.engine import Engine, EngineOptions, RopePolicy
+from miniphi.engine.program import load_program
+from miniphi.errors import CheckpointError
+from miniphi.llm.model import LLM
+from miniphi.models import catalog, find_entry, resolve
+from miniphi.tokenizer import Tokenizer
+
+__all__ = ["DEFAULT_MODEL", "load"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    num_threads: int | None = None,
+    kv_type: str = "f16",
+    context: int | None = None,
+    kv_memory_bytes: int | None = None,
+    rope_policy: RopePolicy = "auto",
+    max_batch_tokens: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> LLM:
+    """Make a model ready to answer.
+
+    `name_or_path` is a catalog name (`miniphi models` lists them), a hub id that was pulled, a folder with safetensors
+    or a .gguf file. Nothing is downloaded: `miniphi pull` or `miniphi.models.pull` does that.
+
+    `kv_type` is the format of the key/value cache (f32, f16 or q8). `context` is how many tokens a prompt and its
+    answer may have together; without it, the model's whole context or as much of it as fits into memory.
+    `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
+    `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made ready.
+
+    Raises:
+        DownloadError: the model is not on this machine; the message says how to get it.
+        CheckpointError: its files are damaged. UnsupportedModelError: they ask for what miniphi does not do.
+        CapacityError: it does not fit into this machine's memory.
+    """
+    path = resolve(name_or_path, revision=revision)
+    checkpoint = open_checkpoint(path)
+    tokenizer = _open_tokenizer(checkpoint)
+    name = _name(name_or_path, revision)
+    source = checkpoint.chat_template or _catalog_template(name)
+    template = None if source is None else ChatTemplate(source, tokenizer)
+    program = load_program(
+        checkpoint,
+        num_threads=num_threads,
+        kv_type=kv_type,
+        context=context,
+        kv_memory_bytes=kv_memory_bytes,
+        max_batch_tokens=max_batch_tokens,
+        on_progress=on_progress,
+    )
+    stop_ids = {*checkpoint.config.eos_token_ids, *checkpoint.generation_eos_token_ids}
+    engine = Engine(
+        program,
+        stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
+        unused_token_ids=_unused_ids(tokenizer, checkpoint.config.vocab_size),
+        options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
+    )
+    return LLM(engine, tokenizer, template, name, rope_policy=rope_policy)
+
+
+def _open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    source = checkpoint.tokenizer_source
+    if source is None:
+        raise CheckpointError(f"{checkpoint.path}: has no tokenizer.json; add the one of the original model")
+    if source[0] == "files":
+        return Tokenizer.from_files(source[1], source[2])
+    return Tokenizer.from_gguf(source[1], source=str(checkpoint.path))
+
+
+def _unused_ids(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+    """Return the ids that stand for no text; a model's vocabulary may be larger than its tokenizer's."""
+    inside = {token_id for token_id in tokenizer.unused_ids if token_id < vocab_size}
+    return inside | set(range(tokenizer.vocab_size, vocab_size))
+
+
+def _catalog_template(name: str) -> str | None:
+    """Return the built-in template of a model that the catalog knows, for files that carry none."""
+    return builtin_template(find_entry(name).template) if name.partition("@")[0] in catalog() else None
+
+
+def _name(name_or_path: str | os.PathLike[str], revision: str | None) -> str:
+    text = os.fspath(name_or_path)
+    if Path(text).expanduser().exists():
+        path = Path(text).expanduser().resolve()
+        return path.stem if path.is_file() else path.name
+    return text if revision is None or "@" in text else f"{text}@{revision}"
