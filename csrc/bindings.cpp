@@ -75,7 +75,8 @@ nb::object unpack(const PackedMatrix& matrix) {
 }
 
 // One matmul outside a program, for tests and measurements.
-nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<float, 2> x, const std::string& isa, int num_threads) {
+nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<float, 2> x, bool fine, const std::string& isa,
+                  int num_threads) {
     require(!matrices.empty() && num_threads >= 1, "matmul needs a matrix and a thread");
     size_t width = 0;
     for (const PackedMatrix* matrix : matrices) {
@@ -88,8 +89,8 @@ nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<f
     nb::gil_scoped_release release;
     ThreadPool pool(num_threads);
     WorkQueue work(1, num_threads);
-    Matmul engine(ops, x.shape(0), x.shape(1));
-    const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false};
+    Matmul engine(ops, 2 * x.shape(0), x.shape(1));
+    const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false, fine};
     pool.run([&](int thread) {
         engine.quantize(call, thread, num_threads);
         pool.barrier().wait();
@@ -329,7 +330,7 @@ std::pair<double, double> measure_machine(const std::string& isa, int num_thread
 NB_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
     m.def("selected_isa", [](const std::string& isa) { return std::string(select_ops(isa).name); }, "isa"_a = "");
-    m.def("matmul", &matmul, "matrices"_a, "x"_a.noconvert(), "isa"_a, "num_threads"_a);
+    m.def("matmul", &matmul, "matrices"_a, "x"_a.noconvert(), "fine"_a, "isa"_a, "num_threads"_a);
     m.def("attention", &attention, "isa"_a, "num_threads"_a, "heads"_a, "cache_type"_a, "qkv"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "chunk"_a);
     m.def("rms_norm", &rms_norm, "isa"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a);
     m.def("silu_mul", &silu_mul, "isa"_a, "gate_up"_a.noconvert());

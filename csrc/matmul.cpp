@@ -94,49 +94,62 @@ void Matmul::quantize(const Call& call, int thread, int num_threads) {
         if (zero_index(matrix->kind) >= 0) needs[zero_index(matrix->kind)] = true;
     }
     if (!any) return;
-    const size_t depth = call.matrices[0]->depth, groups = depth / kGroup;
+    const size_t depth = call.matrices[0]->depth, planes = call.fine ? 2 : 1;
     std::vector<int32_t> sums(depth / 16);
+    std::vector<float> rest(call.fine ? depth : 0);
     for (size_t row = call.num_rows * thread / num_threads; row < call.num_rows * (thread + 1) / num_threads; row++) {
-        float *scale = scale_.data() + row * groups, *scaled_sum = scaled_sum_.data() + row * groups;
-        ops_.quantize_row(call.x + row * call.x_stride, depth, q_.data() + row * q_stride_, scale, sums.data());
-        for (size_t g = 0; g < groups; g++) scaled_sum[g] = scale[g] * float(sums[2 * g] + sums[2 * g + 1]);
-        constexpr int zeros[3] = {8, 16, 128};
-        for (int zero = 0; zero < 3; zero++) {
-            if (!needs[zero]) continue;
-            int32_t* correction = correction_[zero].data() + row * groups;
-            for (size_t g = 0; g < groups; g++) correction[g] = -zeros[zero] * (sums[2 * g] + sums[2 * g + 1]);
-        }
-        if (needs[3])
-            for (size_t g = 0; g < 2 * groups; g++) correction_[3][row * 2 * groups + g] = -32 * sums[g];
+        const float* x = call.x + row * call.x_stride;
+        quantize_plane(needs, x, depth, planes * row, sums.data());
+        if (!call.fine) continue;
+        const int8_t* q = q_.data() + planes * row * q_stride_;
+        const float* scale = scale_.data() + planes * row * (depth / kGroup);
+        for (size_t k = 0; k < depth; k++) rest[k] = x[k] - float(q[k]) * scale[k / kGroup];
+        quantize_plane(needs, rest.data(), depth, planes * row + 1, sums.data());
     }
+}
+
+void Matmul::quantize_plane(const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) {
+    const size_t groups = depth / kGroup;
+    float *scale = scale_.data() + row * groups, *scaled_sum = scaled_sum_.data() + row * groups;
+    ops_.quantize_row(x, depth, q_.data() + row * q_stride_, scale, sums);
+    for (size_t g = 0; g < groups; g++) scaled_sum[g] = scale[g] * float(sums[2 * g] + sums[2 * g + 1]);
+    constexpr int zeros[3] = {8, 16, 128};
+    for (int zero = 0; zero < 3; zero++) {
+        if (!needs[zero]) continue;
+        int32_t* correction = correction_[zero].data() + row * groups;
+        for (size_t g = 0; g < groups; g++) correction[g] = -zeros[zero] * (sums[2 * g] + sums[2 * g + 1]);
+    }
+    if (needs[3])
+        for (size_t g = 0; g < 2 * groups; g++) correction_[3][row * 2 * groups + g] = -32 * sums[g];
 }
 
 void Matmul::multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const {
     const bool quantized = is_quantized(matrix.kind);
     const QuantRows a = quantized ? rows_for(matrix) : QuantRows{};
-    const size_t limit = quantized ? kMaxTileRows : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
+    const size_t planes = call.fine && quantized ? 2 : 1;
+    const size_t limit = quantized ? kMaxTileRows / planes : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
     const size_t columns = std::min(kBlockColumns, matrix.rows - block * kBlockColumns);
+    const bool direct = columns == kBlockColumns && planes == 1;   // else the tile goes through `edge`
     const uint8_t* weights = matrix.block(block);
     y += block * kBlockColumns;
     float edge[kMaxPanelRows * kBlockColumns];
     for (size_t tile = 0; tile < num_tiles; tile++) {
-        const size_t row = call.num_rows * tile / num_tiles;
-        const int rows = int(call.num_rows * (tile + 1) / num_tiles - row);
-        float* out = y + row * call.y_stride;
-        const bool whole = columns == kBlockColumns;   // the last block of a matrix may be narrower
-        float* target = whole ? out : edge;
-        const size_t stride = whole ? call.y_stride : kBlockColumns;
-        const bool add = whole && call.add;
+        const size_t row = call.num_rows * tile / num_tiles, rows = call.num_rows * (tile + 1) / num_tiles - row;
+        float *out = y + row * call.y_stride, *target = direct ? out : edge;
+        const size_t stride = direct ? call.y_stride : kBlockColumns;
         if (quantized) {
-            ops_.tile[int(matrix.kind)](weights, a, row, rows, target, stride, add);
+            ops_.tile[int(matrix.kind)](weights, a, planes * row, int(planes * rows), target, stride, direct && call.add);
         } else {
-            ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, rows, weights, matrix.depth, target, stride, add);
+            ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(rows), weights, matrix.depth,
+                                         target, stride, direct && call.add);
         }
-        if (whole) continue;
-        for (int i = 0; i < rows; i++)
+        if (direct) continue;
+        for (size_t i = 0; i < rows; i++)
             for (size_t n = 0; n < columns; n++) {
+                const float* from = edge + planes * i * kBlockColumns + n;
+                const float sum = planes == 2 ? from[0] + from[kBlockColumns] : from[0];
                 float& value = out[i * call.y_stride + n];
-                value = (call.add ? value : 0) + edge[i * kBlockColumns + n];
+                value = call.add ? value + sum : sum;
             }
     }
 }

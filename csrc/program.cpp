@@ -83,7 +83,7 @@ void Program::run_matmul(const Op& op, size_t index, const Batch& batch, int thr
     const size_t rows = from.of_logit_rows ? batch.num_logit_rows : batch.sequences.num_tokens;
     const bool to_logits = op.to == kLogits;
     const Matmul::Call call{op.matrices, data(op.from), rows, from.width, to_logits ? batch.logits : data(op.to),
-                            to_logits ? logits_width_ : buffers_[op.to].width, op.add};
+                            to_logits ? logits_width_ : buffers_[op.to].width, op.add, to_logits};
     matmul_->quantize(call, thread, pool_.size());
     pool_.barrier().wait();
     matmul_->multiply(call, index, thread, *work_);
@@ -139,7 +139,7 @@ void Program::execute(const Op& op, size_t index, const Batch& batch, int thread
 
 void Program::run(const Batch& batch) {
     if (!matmul_) {
-        matmul_ = std::make_unique<Matmul>(ops_, std::max(max_tokens_, max_logit_rows_), max_depth_);
+        matmul_ = std::make_unique<Matmul>(ops_, std::max(max_tokens_, 2 * max_logit_rows_), max_depth_);
         work_ = std::make_unique<WorkQueue>(ops_list_.size(), pool_.size());
     }
     work_->reset();

@@ -86,6 +86,19 @@ def test_int8_activations_cost_half_a_percent(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("fmt", Format, ids=lambda fmt: fmt.name)
+def test_fine_activations_are_nearly_exact(fmt: Format, isa: str) -> None:
+    raw, values = random_rows(fmt, 75, 768)
+    matrix = Packer().pack(Kind[fmt.name], raw, 768)
+    x = np.random.default_rng(2).standard_normal((11, 768)).astype(np.float32)
+    exact = x.astype(np.float64) @ values.T.astype(np.float64)
+    result = matmul([matrix], x, fine=True, isa=isa)
+    assert np.linalg.norm(result - exact) < 4e-5 * np.linalg.norm(exact)
+    np.testing.assert_allclose(reference.packed_matmul(x, matrix, fine=True), result, atol=1e-5 * np.abs(exact).max())
+    np.testing.assert_array_equal(matmul([matrix], x[4:6], fine=True, isa=isa), result[4:6])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", Format, ids=lambda fmt: fmt.name)
 def test_matmul_rows_and_threads_do_not_matter(fmt: Format, isa: str) -> None:
     raw, _ = random_rows(fmt, 100, 512)
     matrix = Packer().pack(Kind[fmt.name], raw, 512)

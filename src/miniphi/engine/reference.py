@@ -62,7 +62,7 @@ class _Step:
         return x[self._batch.logit_rows]
 
     def logits(self, x: Floats, matrices: Matrices) -> Floats:
-        return self.matmul(x, matrices)
+        return np.concatenate([reference.packed_matmul(x, matrix, fine=True) for matrix in matrices], axis=-1)
 
     def rope_and_append(self, qkv: Floats, *, layer: int) -> None:
         query, key, value = self._heads(qkv)

@@ -139,10 +139,18 @@ class Packer:
 
 
 def matmul(
-    matrices: Sequence[PackedMatrix], x: NDArray[np.float32], *, isa: str | None = None, num_threads: int = 1
+    matrices: Sequence[PackedMatrix],
+    x: NDArray[np.float32],
+    *,
+    fine: bool = False,
+    isa: str | None = None,
+    num_threads: int = 1,
 ) -> NDArray[np.float32]:
-    """Return x [rows, K] times the transposed matrices, side by side: [rows, sum of N]."""
-    return _native.matmul(list(matrices), x, selected_isa(isa), num_threads)
+    """Return x [rows, K] times the transposed matrices, side by side: [rows, sum of N].
+
+    Where a matrix is quantised, x is rounded to int8 in groups of 32; `fine` gives it a second int8 plane for the rest.
+    """
+    return _native.matmul(list(matrices), x, fine, selected_isa(isa), num_threads)
 
 
 def cache_block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, cache_type: CacheType) -> int:

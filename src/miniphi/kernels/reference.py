@@ -78,13 +78,20 @@ def matmul(x: Floats, weight: Floats) -> Floats:
     return x @ weight.T
 
 
-def quantized_matmul(x: Floats, weight: Floats) -> Floats:
-    """Return x weight^T with x rounded to int8 in groups of 32, as every quantised kernel does."""
-    codes, scale = quantize_rows(x)
-    return (codes.astype(np.float32) * np.repeat(scale, GROUP, axis=-1)) @ weight.T
+def quantized_matmul(x: Floats, weight: Floats, *, fine: bool = False) -> Floats:
+    """Return x weight^T with x rounded to int8 in groups of 32, as every quantised kernel does.
+
+    `fine` adds a second plane of codes for what the first left over.
+    """
+    rounded = np.zeros_like(x)
+    for _ in range(2 if fine else 1):
+        codes, scale = quantize_rows(x - rounded)
+        rounded += codes * np.repeat(scale, GROUP, axis=-1)
+    return rounded @ weight.T
 
 
-def packed_matmul(x: Floats, matrix: PackedMatrix) -> Floats:
+def packed_matmul(x: Floats, matrix: PackedMatrix, *, fine: bool = False) -> Floats:
     """Return what the native matmul computes, with the rounding that belongs to the matrix's format."""
-    product = quantized_matmul if Kind(matrix.kind).is_quantized else matmul
-    return product(x, matrix.unpack())
+    if not Kind(matrix.kind).is_quantized:
+        return matmul(x, matrix.unpack())
+    return quantized_matmul(x, matrix.unpack(), fine=fine)
