@@ -28,7 +28,7 @@ test: check
 
 bench: .venv/dev.stamp
 	$(BIN)/miniphi pull smollm2-135m-instruct
-	$(BIN)/python benchmarks/side_by_side.py
+	$(BIN)/python -m benchmarks.side_by_side
 
 clean:
 	rm -rf .venv build dist

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from miniphi.cli.options import DEFAULT_MODEL, KV_TYPES, fetch_default_model, positive_int
 from miniphi.cli.terminal import notice, print_table
+from miniphi.errors import ContextLengthError
 
 if TYPE_CHECKING:
+    from miniphi.checkpoint import StoredTensor
+    from miniphi.config import ModelConfig
     from miniphi.engine.program import Program
     from miniphi.engine.speed import SpeedReport
 
@@ -51,25 +55,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _program(args: argparse.Namespace) -> "Program":
-    from miniphi.checkpoint import open_checkpoint, synthetic_tensors
+    """Make the program, with a cache that holds exactly what is measured."""
     from miniphi.engine.batch import KV_BLOCK_SIZE
-    from miniphi.engine.program import Program, load_program
-    from miniphi.engine.speed import LazyTensors
+    from miniphi.engine.program import Program
     from miniphi.engine.weights import pack_weights
     from miniphi.kernels import default_num_threads
+
+    config, tensors = _model(args)
+    longest = max(args.prompt, KV_BLOCK_SIZE) + args.tokens
+    if longest > config.max_position_embeddings:
+        raise ContextLengthError(
+            f"--prompt {args.prompt} and --tokens {args.tokens} need a context of {longest} tokens; "
+            f"this model's is {config.max_position_embeddings}"
+        )
+    if args.synthetic:
+        notice(f"making random {args.type} weights in the shape of {args.synthetic} ...")
+    blocks = -(-longest // KV_BLOCK_SIZE) + args.streams * -(-(KV_BLOCK_SIZE + args.tokens) // KV_BLOCK_SIZE)
+    threads = args.threads or default_num_threads()
+    return Program(
+        config,
+        pack_weights(config, tensors, num_threads=threads),
+        num_kv_blocks=blocks,
+        kv_type=args.kv,
+        num_threads=threads,
+        max_batch_tokens=max(512, args.streams),
+        max_logit_rows=args.streams,
+    )
+
+
+def _model(args: argparse.Namespace) -> "tuple[ModelConfig, Mapping[str, StoredTensor]]":
+    from miniphi.checkpoint import open_checkpoint, synthetic_tensors
+    from miniphi.engine.speed import LazyTensors
     from miniphi.models import find_entry, resolve
 
-    threads = args.threads or default_num_threads()
-    context = args.prompt + args.tokens + KV_BLOCK_SIZE + args.streams * (args.tokens + 2 * KV_BLOCK_SIZE)
-    blocks = -(-context // KV_BLOCK_SIZE)
     if args.synthetic:
         config = find_entry(args.synthetic).model_config()
-        notice(f"making random {args.type} weights in the shape of {args.synthetic} ...")
-        weights = pack_weights(config, LazyTensors(synthetic_tensors(config, scheme=args.type)), num_threads=threads)
-        return Program(config, weights, num_kv_blocks=blocks, kv_type=args.kv, num_threads=threads)
+        return config, LazyTensors(synthetic_tensors(config, scheme=args.type))
     fetch_default_model(args.model, None)
     checkpoint = open_checkpoint(resolve(args.model))
-    return load_program(checkpoint, num_threads=threads, kv_type=args.kv, context=context)
+    return checkpoint.config, checkpoint.tensors
 
 
 def _print(report: "SpeedReport") -> None:

@@ -31,6 +31,11 @@ class LayerWeights:
     gate_up_proj: Matrices
     down_proj: Matrices
 
+    @property
+    def matrices(self) -> Matrices:
+        """All matrices, in the order of use."""
+        return (*self.qkv_proj, *self.o_proj, *self.gate_up_proj, *self.down_proj)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelWeights:
@@ -46,7 +51,7 @@ class ModelWeights:
         """Bytes of all packed matrices; tied embeddings count once."""
         matrices = {id(m): m for m in (self.embed_tokens, *self.lm_head)}
         for layer in self.layers:
-            for matrix in (*layer.qkv_proj, *layer.o_proj, *layer.gate_up_proj, *layer.down_proj):
+            for matrix in layer.matrices:
                 matrices[id(matrix)] = matrix
         return sum(matrix.num_bytes for matrix in matrices.values())
 
