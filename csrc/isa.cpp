@@ -3,7 +3,27 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace miniphi {
+namespace {
+
+#if defined(__aarch64__) && defined(MINIPHI_NEON)
+// The one optional extension that ops_neon.cpp needs. Every AArch64 Mac has it; a system that cannot be asked has not.
+bool has_dot_product() {
+#if defined(__APPLE__)
+    return true;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
@@ -13,7 +33,7 @@ std::vector<std::string> available_isas() {
         names.emplace_back("avx512");
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
 #elif defined(__aarch64__) && defined(MINIPHI_NEON)
-    names.emplace_back("neon");
+    if (has_dot_product()) names.emplace_back("neon");
 #endif
     names.emplace_back("portable");
     return names;

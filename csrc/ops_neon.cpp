@@ -1,0 +1,439 @@
+// ARMv8.2-A with dot product (Cortex-A76, Neoverse N1, Apple M1 and later). Half precision is only converted, never
+// computed with, and every AArch64 processor converts.
+//
+// tile      y[m][32] = sum over groups g of (sum_k q_w q_a) * d_g * s_mg, rows m <= 6. A 64-byte vector of the layout is
+//           four 16-byte vectors of 4 columns x 4 k. SDOT takes its 4 activations from a lane, so one load of 16 serves
+//           four steps without a broadcast. Both its operands are signed: codes of 4, 5, 6 bits are, as they come (the
+//           zero point is paid for once per group: accumulators start at -zero * sum(q_a)); codes of 8 bits are made so.
+//           A group's 4 columns are finished before the next 4 start, so that one int32 accumulator per row lives at a
+//           time and the registers go to float sums. More rows mean fewer columns per pass over the block: see
+//           tile_vectors. Passes after the first read the block from the cache. Counted in the compiled loop, not measured:
+//           1.7 vector operations per SDOT for 6 rows of Q4_0, 2.0 of Q4_K, 2.6 of Q6_K, so at most 60, 50, 40 % of SDOT's peak.
+// panel     the same for float panels (also attention's Q K^T and P V), see panel_vectors.
+// With one or two rows a second set of int32 accumulators hides SDOT's latency; integers add exactly in any order.
+#include <arm_neon.h>
+
+#include "ops.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace miniphi {
+namespace {
+
+constexpr int kLanes = 4;                                   // float or int32 values of a register
+constexpr int kBlockVectors = int(kBlockColumns) / kLanes;
+constexpr size_t kPlane = 4 * kBlockColumns;                // bytes of both halves' vectors: one step of all columns
+
+// Vectors of 4 columns per pass. Live at once: rows x vectors float sums, rows x (1 accumulator, 1 or 2 vectors of
+// activations), codes and a mask.
+constexpr int tile_vectors(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
+
+// Live at once: rows x vectors sums, the vectors of the panel and one activation.
+constexpr int panel_vectors(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
+
+INLINE float32x4_t load_half(const void* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(p))));
+}
+INLINE uint64_t load_four(const void* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return four;
+}
+INLINE float32x4_t small_unsigned(const void* p) {
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(load_four(p))))));
+}
+INLINE float32x4_t small_signed(const void* p) {
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_four(p))))));
+}
+
+// Codes of step kStep for 4 columns: `low` and `high` are their first bytes in the planes.
+template <int kBits, int kStep>
+INLINE int8x16_t codes_of(const uint8_t* low, const uint8_t* high) {
+    uint8x16_t v;
+    if constexpr (kBits == 8) {
+        v = veorq_u8(vld1q_u8(low + kStep * kPlane), vdupq_n_u8(0x80));
+    } else {
+        v = vld1q_u8(low + kStep / 2 * kPlane);
+        if constexpr (kStep % 2) v = vshrq_n_u8(v, 4);
+        else if constexpr (kBits == 4) v = vandq_u8(v, vdupq_n_u8(15));
+        if constexpr (kBits > 4) {
+            constexpr int shift = kBits == 5 ? kStep : 2 * (kStep % 4);
+            uint8x16_t h = vld1q_u8(kBits == 5 ? high : high + kStep / 4 * 64);
+            if constexpr (shift > 0) h = vshrq_n_u8(h, shift);
+            if constexpr (shift + kBits - 4 < 8) h = vandq_u8(h, vdupq_n_u8(kBits == 5 ? 1 : 3));
+            v = vsliq_n_u8(v, h, 4);   // keeps the low four bits of v, whatever is above them
+        }
+    }
+    return vreinterpretq_s8_u8(v);
+}
+
+template <int kRows>
+struct Accumulators {
+    static constexpr int kSets = kRows <= 2 ? 2 : 1;
+    int32x4_t v[kSets][kRows];
+};
+
+template <int kBits, int kRows, int kFirst, int kLast>
+INLINE void dot_steps(const uint8_t* low, const uint8_t* high, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+    if constexpr (kFirst < kLast) {
+        constexpr int set = kFirst % Accumulators<kRows>::kSets;
+        const int8x16_t codes = codes_of<kBits, kFirst>(low, high);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            const int8x16_t a = vld1q_s8(q[m] + k + kFirst / 4 * 16);
+            acc.v[set][m] = vdotq_laneq_s32(acc.v[set][m], codes, a, kFirst % 4);
+        }
+        dot_steps<kBits, kRows, kFirst + 1, kLast>(low, high, q, k, acc);
+    }
+}
+
+template <int kRows>
+struct Rows {
+    const int8_t* q[kRows];
+    const float *scale[kRows], *scaled_sum[kRows];
+    const int32_t* correction[kRows];
+};
+
+template <int kRows>
+INLINE Rows<kRows> rows_from(const QuantRows& a, size_t row) {
+    Rows<kRows> rows;
+    UNROLL for (int m = 0; m < kRows; m++) {
+        rows.q[m] = a.q + (row + m) * a.q_stride;
+        rows.scale[m] = a.scale + (row + m) * a.groups;
+        rows.scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        rows.correction[m] = a.correction + (row + m) * a.correction_stride;
+    }
+    return rows;
+}
+
+// sum[m] += group g of 4 columns; w is the group, `vector` which 4 columns.
+template <Kind kKind, int kRows>
+INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const Rows<kRows>& a, size_t g, float32x4_t* sum) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
+    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8;   // 8-bit codes are made signed instead
+    constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
+    const uint8_t *scales = w + code_bytes, *low = w + 16 * vector;
+    const uint8_t* high = w + 512 + (layout.bits == 6 ? vector / 4 * 128 + vector % 4 * 16 : 16 * vector);
+    const int n = kLanes * vector;
+    UNROLL for (int part = 0; part < parts; part++) {
+        // Without this the compiler keeps the activations of all columns alive at once and spills.
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        Accumulators<kRows> acc;
+        UNROLL for (int m = 0; m < kRows; m++) {
+            acc.v[0][m] = vdupq_n_s32(has_zero ? a.correction[m][g * parts + part] : 0);
+            if constexpr (acc.kSets == 2) acc.v[1][m] = vdupq_n_s32(0);
+        }
+        if constexpr (parts == 1) {
+            dot_steps<layout.bits, kRows, 0, 8>(low, high, a.q, g * kGroup, acc);
+        } else {
+            if (part == 0) dot_steps<layout.bits, kRows, 0, 4>(low, high, a.q, g * kGroup, acc);
+            else dot_steps<layout.bits, kRows, 4, 8>(low, high, a.q, g * kGroup, acc);
+        }
+        float32x4_t d;
+        if constexpr (layout.scale == Scale::Super) d = vmulq_f32(load_half(super + 2 * n), small_unsigned(scales + n));
+        else if constexpr (layout.scale == Scale::SuperHalf)
+            d = vmulq_f32(load_half(super + 2 * n), small_signed(scales + 32 * part + n));
+        else d = load_half(scales + 2 * n);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            int32x4_t dot = acc.v[0][m];
+            if constexpr (acc.kSets == 2) dot = vaddq_s32(dot, acc.v[1][m]);
+            sum[m] = vfmaq_f32(sum[m], vcvtq_f32_s32(dot), vmulq_n_f32(d, a.scale[m][g]));
+        }
+    }
+    if constexpr (layout.scale == Scale::Minimum) {
+        const float32x4_t minimum = load_half(scales + 64 + 2 * n);
+        UNROLL for (int m = 0; m < kRows; m++) sum[m] = vfmaq_n_f32(sum[m], minimum, a.scaled_sum[m][g]);
+    }
+    if constexpr (layout.scale == Scale::Super) {
+        const float32x4_t minimum = vmulq_f32(load_half(super + 64 + 2 * n), small_unsigned(scales + 32 + n));
+        UNROLL for (int m = 0; m < kRows; m++) sum[m] = vfmsq_n_f32(sum[m], minimum, a.scaled_sum[m][g]);
+    }
+}
+
+// y[m][4 first .. 4 (first + tile_vectors)) for all of K; `first` is a multiple of tile_vectors.
+template <Kind kKind, int kRows>
+INLINE void tile_pass(const uint8_t* w, int first, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    constexpr int vectors = tile_vectors(kRows);
+    constexpr Layout layout = layout_of(kKind);
+    const Rows<kRows> rows = rows_from<kRows>(a, row);
+    float32x4_t sum[vectors][kRows];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        UNROLL for (int m = 0; m < kRows; m++) sum[v][m] = vdupq_n_f32(0);
+    }
+    const uint8_t* super = w;
+    for (size_t g = 0; g < a.groups; g++) {
+        if constexpr (layout.super_bytes > 0) {
+            if (g % kSuperGroups == 0) {
+                super = w;
+                w += layout.super_bytes;
+            }
+        }
+        UNROLL for (int v = 0; v < vectors; v++) add_group<kKind, kRows>(w, super, first + v, rows, g, sum[v]);
+        w += layout.group_bytes;
+    }
+    UNROLL for (int v = 0; v < vectors; v++) {
+        UNROLL for (int m = 0; m < kRows; m++) {
+            float* out = y + m * y_stride + kLanes * (first + v);
+            vst1q_f32(out, add ? vaddq_f32(vld1q_f32(out), sum[v][m]) : sum[v][m]);
+        }
+    }
+}
+
+template <Kind kKind, int kRows = kMaxTileRows>
+void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+    if constexpr (kRows > 1)
+        if (num_rows < kRows) return tile<kKind, kRows - 1>(block, a, row, num_rows, y, y_stride, add);
+    for (int first = 0; first < kBlockVectors; first += tile_vectors(kRows))
+        tile_pass<kKind, kRows>(block, first, a, row, y, y_stride, add);
+}
+
+enum class Element { F32, F16, BF16, I8 };
+
+// Eight values of a panel.
+template <Element kElement>
+INLINE float32x4x2_t load_panel(const void* panel, size_t index) {
+    if constexpr (kElement == Element::F32) {
+        const float* p = static_cast<const float*>(panel) + index;
+        return {vld1q_f32(p), vld1q_f32(p + 4)};
+    } else if constexpr (kElement == Element::I8) {
+        const int16x8_t wide = vmovl_s8(vld1_s8(static_cast<const int8_t*>(panel) + index));
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+    } else {
+        const uint16x8_t p = vld1q_u16(static_cast<const uint16_t*>(panel) + index);
+        if constexpr (kElement == Element::F16) {
+            const float16x8_t half = vreinterpretq_f16_u16(p);
+            return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
+        } else {
+            const uint16x8_t zero = vdupq_n_u16(0);
+            return {vreinterpretq_f32_u16(vzip1q_u16(zero, p)), vreinterpretq_f32_u16(vzip2q_u16(zero, p))};
+        }
+    }
+}
+
+template <Element kElement, int kRows>
+INLINE void panel_pass(const float* a, size_t a_stride, const void* panel, size_t first, size_t depth, float* c,
+                       size_t c_stride, bool add) {
+    constexpr int vectors = panel_vectors(kRows);
+    float32x4_t sum[kRows][vectors];
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int v = 0; v < vectors; v++) sum[m][v] = vdupq_n_f32(0);
+    }
+    for (size_t k = 0; k < depth; k++) {
+        float32x4x2_t p[vectors / 2];
+        UNROLL for (int v = 0; v < vectors / 2; v++) p[v] = load_panel<kElement>(panel, k * kBlockColumns + first + 8 * v);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            const float x = a[m * a_stride + k];
+            UNROLL for (int v = 0; v < vectors; v++) sum[m][v] = vfmaq_n_f32(sum[m][v], p[v / 2].val[v % 2], x);
+        }
+    }
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            float* out = c + m * c_stride + first + kLanes * v;
+            vst1q_f32(out, add ? vaddq_f32(vld1q_f32(out), sum[m][v]) : sum[m][v]);
+        }
+    }
+}
+
+template <Element kElement, int kRows = kMaxPanelRows>
+void panel(const float* a, size_t a_stride, int num_rows, const void* data, size_t depth, float* c, size_t c_stride,
+           bool add) {
+    if constexpr (kRows > 1)
+        if (num_rows < kRows) return panel<kElement, kRows - 1>(a, a_stride, num_rows, data, depth, c, c_stride, add);
+    for (size_t first = 0; first < kBlockColumns; first += kLanes * panel_vectors(kRows))
+        panel_pass<kElement, kRows>(a, a_stride, data, first, depth, c, c_stride, add);
+}
+
+// 16 values to int8 and their sum.
+INLINE int32_t quantize16(const float* x, float inverse, int8_t* q) {
+    int32x4_t codes[4];
+    UNROLL for (int j = 0; j < 4; j++) codes[j] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + kLanes * j), inverse));
+    const int16x8_t a = vqmovn_high_s32(vqmovn_s32(codes[0]), codes[1]);
+    const int16x8_t b = vqmovn_high_s32(vqmovn_s32(codes[2]), codes[3]);
+    const int8x16_t bytes = vqmovn_high_s16(vqmovn_s16(a), b);
+    vst1q_s8(q, bytes);
+    return vaddlvq_s8(bytes);
+}
+
+// The largest absolute value, n a multiple of 16.
+INLINE float largest(const float* x, size_t n) {
+    float32x4_t top[4];
+    UNROLL for (int j = 0; j < 4; j++) top[j] = vdupq_n_f32(0);
+    for (size_t i = 0; i < n; i += 16) {
+        UNROLL for (int j = 0; j < 4; j++) top[j] = vmaxq_f32(top[j], vabsq_f32(vld1q_f32(x + i + kLanes * j)));
+    }
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(top[0], top[1]), vmaxq_f32(top[2], top[3])));
+}
+
+float quantize_vector(const float* x, size_t n, int8_t* q) {
+    const float max = largest(x, n), inverse = max > 0 ? 127.0f / max : 0;
+    for (size_t i = 0; i < n; i += 16) quantize16(x + i, inverse, q + i);
+    return max / 127.0f;
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = largest(x, kGroup), inverse = max > 0 ? 127.0f / max : 0;
+        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+        scale[g] = max / 127.0f;
+    }
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+    const float32x4_t high = vdupq_n_f32(65504.0f), low = vdupq_n_f32(-65504.0f);
+    for (size_t i = 0; i < n; i += kLanes) {
+        const float32x4_t v = vmaxq_f32(vminq_f32(vld1q_f32(x + i), high), low);
+        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+    }
+}
+
+// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
+INLINE float32x4_t exponential(float32x4_t x) {
+    x = vmaxq_f32(x, vdupq_n_f32(-87.3f));
+    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
+    float32x4_t r = vfmsq_n_f32(x, n, 0.693145752f);
+    r = vfmsq_n_f32(r, n, 1.42860677e-6f);
+    float32x4_t p = vdupq_n_f32(1.0f / 720);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    // Unsigned: the exponent of a lane that is masked out later may overflow.
+    const uint32x4_t power = vshlq_n_u32(vaddq_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(n)), vdupq_n_u32(127)), 23);
+    return vmulq_f32(p, vreinterpretq_f32_u32(power));
+}
+
+// The first min(4, left) values, then zeros.
+INLINE float32x4_t load_some(const float* p, size_t left) {
+    if (left >= kLanes) return vld1q_f32(p);
+    float v[kLanes] = {};
+    for (size_t i = 0; i < left; i++) v[i] = p[i];
+    return vld1q_f32(v);
+}
+
+INLINE void store_some(float* p, size_t left, float32x4_t value) {
+    if (left >= kLanes) return vst1q_f32(p, value);
+    float v[kLanes];
+    vst1q_f32(v, value);
+    for (size_t i = 0; i < left; i++) p[i] = v[i];
+}
+
+INLINE float add_up(const float32x4_t* v) { return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3]))); }
+
+void rms_norm(const float* x, const float* weight, size_t n, float eps, float* y) {
+    float32x4_t squares[4];
+    UNROLL for (int j = 0; j < 4; j++) squares[j] = vdupq_n_f32(0);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        UNROLL for (int j = 0; j < 4; j++) {
+            const float32x4_t v = vld1q_f32(x + i + kLanes * j);
+            squares[j] = vfmaq_f32(squares[j], v, v);
+        }
+    }
+    for (; i < n; i += kLanes) {
+        const float32x4_t v = load_some(x + i, n - i);
+        squares[0] = vfmaq_f32(squares[0], v, v);
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(add_up(squares) / float(n) + eps);
+    for (i = 0; i < n; i += kLanes) {
+        const float32x4_t v = vmulq_n_f32(load_some(x + i, n - i), inverse);
+        store_some(y + i, n - i, vmulq_f32(v, load_some(weight + i, n - i)));
+    }
+}
+
+void silu_mul(const float* gate, const float* up, size_t n, float* y) {
+    const float32x4_t one = vdupq_n_f32(1), limit = vdupq_n_f32(88.0f);
+    for (size_t i = 0; i < n; i += kLanes) {
+        const float32x4_t g = load_some(gate + i, n - i);
+        const float32x4_t e = exponential(vminq_f32(vnegq_f32(g), limit));
+        const float32x4_t silu = vdivq_f32(g, vaddq_f32(one, e));
+        store_some(y + i, n - i, vmulq_f32(load_some(up + i, n - i), silu));
+    }
+}
+
+void multiply(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i += kLanes) vst1q_f32(x + i, vmulq_f32(vld1q_f32(x + i), vld1q_f32(y + i)));
+}
+
+void blend(float alpha, float* x, float beta, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i += kLanes)
+        vst1q_f32(x + i, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(x + i), alpha), vld1q_f32(y + i), beta));
+}
+
+void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+    const uint32x4_t lane = {0, 1, 2, 3}, start = vdupq_n_u32(uint32_t(low)), end = vdupq_n_u32(uint32_t(high));
+    const auto inside = [&](size_t i) __attribute__((always_inline)) {
+        const uint32x4_t index = vaddq_u32(vdupq_n_u32(uint32_t(i)), lane);
+        return vandq_u32(vcgeq_u32(index, start), vcltq_u32(index, end));
+    };
+    const float32x4_t lowest = vdupq_n_f32(-__builtin_inff());
+    float32x4_t top[4], total[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        top[j] = lowest;
+        total[j] = vdupq_n_f32(0);
+    }
+    for (size_t i = 0; i < n; i += 16) {
+        UNROLL for (int j = 0; j < 4; j++) {
+            const size_t at = i + kLanes * j;
+            top[j] = vmaxq_f32(top[j], vbslq_f32(inside(at), vld1q_f32(s + at), lowest));
+        }
+    }
+    *max = vmaxvq_f32(vmaxq_f32(vmaxq_f32(top[0], top[1]), vmaxq_f32(top[2], top[3])));
+    const float32x4_t shift = vdupq_n_f32(*max);
+    for (size_t i = 0; i < n; i += 16) {
+        UNROLL for (int j = 0; j < 4; j++) {
+            const size_t at = i + kLanes * j;
+            const float32x4_t e = exponential(vsubq_f32(vld1q_f32(s + at), shift));
+            const float32x4_t p = vreinterpretq_f32_u32(vandq_u32(inside(at), vreinterpretq_u32_f32(e)));
+            total[j] = vaddq_f32(total[j], p);
+            vst1q_f32(s + at, p);
+        }
+    }
+    *sum = add_up(total);
+}
+
+uint64_t spin_int8(uint64_t iterations) {
+    int32x4_t acc[16];
+    int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(1);
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = vdupq_n_s32(i);
+    for (uint64_t n = 0; n < iterations; n++) {
+        UNROLL for (int i = 0; i < 16; i++) acc[i] = vdotq_s32(acc[i], a, b);
+        asm volatile("" : "+w"(a), "+w"(b));
+    }
+    volatile uint32_t sink = 0;
+    UNROLL for (int i = 0; i < 16; i++) sink = sink + uint32_t(vaddvq_s32(acc[i]));
+    return iterations * 16 * 32;
+}
+
+uint64_t read_bytes(const uint8_t* data, size_t bytes) {
+    uint8x16_t sum[16];
+    UNROLL for (int j = 0; j < 16; j++) sum[j] = vdupq_n_u8(0);
+    for (size_t i = 0; i + 256 <= bytes; i += 256) {
+        UNROLL for (int j = 0; j < 16; j++) sum[j] = veorq_u8(sum[j], vld1q_u8(data + i + 16 * j));
+    }
+    UNROLL for (int j = 1; j < 16; j++) sum[0] = veorq_u8(sum[0], sum[j]);
+    const uint64x2_t words = vreinterpretq_u64_u8(sum[0]);
+    return vgetq_lane_u64(words, 0) ^ vgetq_lane_u64(words, 1);
+}
+
+}  // namespace
+
+const Ops& ops_neon() {
+    static const Ops table = {
+        "neon",
+        {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+        {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
+        panel<Element::I8>,
+        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+    };
+    return table;
+}
+
+}  // namespace miniphi

@@ -1,0 +1,414 @@
+// Compares every entry of every instruction set that this build and this processor have with the portable one.
+// One line per entry; exit status 1 if any of them differs. Free of Python, so that it also runs cross-compiled.
+//
+// What two tables may differ by:
+//   integers   nothing.
+//   floats     nothing, on data of small integers and powers of two: no operation rounds, in whatever order and fused or
+//              not. On realistic data a sum of n terms may differ by n * epsilon * sum |terms|: each side rounds a term
+//              at most n times, by at most epsilon / 2. Functions that use exp may add 4 epsilon.
+//   rows       a row alone equals, bit for bit, the same row among others; nothing outside the result is written.
+#include <cfloat>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../half.h"
+#include "../isa.h"
+#include "../pack.h"
+#include "check.h"
+
+using namespace miniphi;
+
+namespace {
+
+constexpr double kEpsilon = FLT_EPSILON;
+const char* const kKindNames[kNumKinds] = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
+
+struct Expected {
+    std::vector<float> value;    // [1 + max rows][32]
+    std::vector<double> bound;   // the same shape
+};
+
+using RowsFn = std::function<void(size_t first, int num_rows, float* y, size_t stride, bool add)>;
+
+// Every number of rows up to the largest, stored and added, from row 1 on; each row alone.
+void check_rows(Check& check, const RowsFn& run, int max_rows, const Expected& expected, const std::string& where) {
+    constexpr size_t stride = kBlockColumns + 16;
+    const std::vector<float> start = Random(7).integers(size_t(max_rows + 1) * stride, -9, 9);
+    for (int rows = 1; rows <= max_rows; rows++) {
+        for (const bool add : {false, true}) {
+            const std::string here = where + ", " + std::to_string(rows) + " rows" + (add ? ", added" : "");
+            std::vector<float> result = start;
+            run(1, rows, result.data(), stride, add);
+            std::vector<float> rest = result, alone = start;
+            for (size_t i = 0; i < size_t(rows); i++) {
+                for (size_t n = 0; n < kBlockColumns; n++) {
+                    const size_t at = (1 + i) * kBlockColumns + n;
+                    const float old = add ? start[i * stride + n] : 0, wanted = old + expected.value[at];
+                    const double bound = expected.bound[at];
+                    const double rounding = bound > 0 && add ? kEpsilon * (std::fabs(old) + std::fabs(wanted)) : 0;
+                    check.close(result[i * stride + n], wanted, bound + rounding, here);
+                    rest[i * stride + n] = start[i * stride + n];
+                }
+                run(1 + i, 1, alone.data() + i * stride, stride, add);
+            }
+            check.same(rest, start, here + ", outside the result");
+            check.same(alone, result, here + ", each row alone");
+        }
+    }
+}
+
+enum class Data {
+    Exact,     // small integers
+    Extreme,   // codes and activations at the ends of their ranges: overflow of narrow accumulators shows
+    Realistic,
+};
+
+std::string where_of(Data data, size_t depth) {
+    const char* name = data == Data::Exact ? "exact" : data == Data::Extreme ? "extreme" : "realistic";
+    return std::string(name) + ", K = " + std::to_string(depth);
+}
+
+std::vector<uint8_t> random_block(Kind kind, size_t depth, Data data, Random& random) {
+    const Layout layout = layout_of(kind);
+    const size_t code_bytes = layout.bits == 8 ? 1024 : 512 + size_t(layout.bits - 4) * 128;
+    std::vector<uint8_t> block(block_bytes(kind, depth));
+    const auto put_halves = [&](uint8_t* p, float sign) {
+        for (size_t n = 0; n < kBlockColumns; n++) {
+            constexpr float exact[] = {1, -1, 2, -2};
+            float value = sign * random.uniform(0, 0.01f);   // some of them are subnormal in half precision
+            if (data != Data::Realistic) value = data == Data::Extreme ? 1 : exact[random.integer(0, 3)];
+            const uint16_t half = to_f16_scalar(value);
+            std::memcpy(p + 2 * n, &half, 2);
+        }
+    };
+    uint8_t* p = block.data();
+    const int extreme = random.integer(0, 1) * 255;
+    for (size_t g = 0; g < depth / kGroup; g++) {
+        if (layout.super_bytes && g % kSuperGroups == 0) {
+            put_halves(p, 1);
+            if (layout.scale == Scale::Super) put_halves(p + 64, -1);   // subtracted: no cancellation, see tile_bounds
+            p += layout.super_bytes;
+        }
+        for (size_t i = 0; i < code_bytes; i++) p[i] = uint8_t(data == Data::Extreme ? extreme : random.integer(0, 255));
+        uint8_t* scales = p + code_bytes;
+        if (!layout.super_bytes) put_halves(scales, 1);
+        if (layout.scale == Scale::Minimum) put_halves(scales + 64, 1);
+        for (size_t i = 0; layout.super_bytes && i < 64; i++) {
+            const int range = data == Data::Exact ? 15 : 255, low = layout.scale == Scale::SuperHalf ? -(range + 1) / 2 : 0;
+            scales[i] = uint8_t(data == Data::Extreme ? 1 : low + random.integer(0, range));
+        }
+        p += layout.group_bytes;
+    }
+    return block;
+}
+
+struct Activations {
+    std::vector<int8_t> q;
+    std::vector<float> scale, scaled_sum;
+    std::vector<int32_t> correction;
+    QuantRows rows;
+};
+
+void fill_activations(Activations& a, Kind kind, size_t num_rows, size_t depth, Data data, Random& random) {
+    const Layout layout = layout_of(kind);
+    const size_t groups = depth / kGroup, stride = depth + 48, halves = layout.scale == Scale::SuperHalf ? 2 : 1;
+    for (size_t i = 0; i < num_rows * stride; i++)
+        a.q.push_back(int8_t(data == Data::Extreme ? (i / stride % 2 ? 127 : -127) : random.integer(-127, 127)));
+    for (size_t row = 0; row < num_rows; row++) {
+        for (size_t g = 0; g < groups; g++) {
+            int32_t sum[2] = {};
+            for (size_t i = 0; i < kGroup; i++) sum[i / 16] += a.q[row * stride + g * kGroup + i];
+            float scale = random.uniform(0.001f, 0.1f);
+            if (data != Data::Realistic) scale = data == Data::Extreme ? 1 : float(random.integer(1, 2));
+            a.scale.push_back(scale);
+            a.scaled_sum.push_back(scale * float(sum[0] + sum[1]));
+            if (halves == 2) a.correction.insert(a.correction.end(), {-layout.zero * sum[0], -layout.zero * sum[1]});
+            else a.correction.push_back(-layout.zero * (sum[0] + sum[1]));
+        }
+    }
+    a.rows = {a.q.data(), a.scale.data(), a.correction.data(), a.scaled_sum.data(), stride, groups, groups * halves};
+}
+
+// The terms are dots times scales and minima times sums; both have the sign that adds up in sum |w x|.
+std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, const QuantRows& a, size_t num_rows, size_t depth) {
+    const double roundings = double(3 * a.groups + 8);
+    std::vector<double> bounds(num_rows * kBlockColumns);
+    std::vector<float> w(depth);
+    for (size_t n = 0; n < kBlockColumns; n++) {
+        unpack_column(kind, block.data(), n, depth, w.data());
+        for (size_t row = 0; row < num_rows; row++) {
+            double sum = 0;
+            for (size_t k = 0; k < depth; k++)
+                sum += std::fabs(double(w[k]) * a.q[row * a.q_stride + k]) * a.scale[row * a.groups + k / kGroup];
+            bounds[row * kBlockColumns + n] = roundings * kEpsilon * sum;
+        }
+    }
+    return bounds;
+}
+
+void check_tile(Check& check, const Ops& ops, Kind kind) {
+    Random random{unsigned(kind)};
+    for (const size_t depth : {32, 96, 256, 768}) {
+        if (layout_of(kind).super_bytes && depth % 256 != 0) continue;
+        for (const Data data : {Data::Exact, Data::Extreme, Data::Realistic}) {
+            constexpr size_t num_rows = kMaxTileRows + 1;
+            const std::vector<uint8_t> block = random_block(kind, depth, data, random);
+            Activations a;
+            fill_activations(a, kind, num_rows, depth, data, random);
+            Expected expected{std::vector<float>(num_rows * kBlockColumns), std::vector<double>(num_rows * kBlockColumns)};
+            ops_portable().tile[int(kind)](block.data(), a.rows, 0, num_rows, expected.value.data(), kBlockColumns, false);
+            if (data == Data::Realistic) expected.bound = tile_bounds(kind, block, a.rows, num_rows, depth);
+            const auto run = [&](size_t first, int rows, float* y, size_t stride, bool add) {
+                ops.tile[int(kind)](block.data(), a.rows, first, rows, y, stride, add);
+            };
+            check_rows(check, run, kMaxTileRows, expected, where_of(data, depth));
+        }
+    }
+}
+
+// A panel in its storage format; `values` becomes what is stored.
+std::vector<uint8_t> encode_panel(const char* format, std::vector<float>& values) {
+    const std::string name = format;
+    std::vector<uint8_t> bytes;
+    for (float& v : values) {
+        uint32_t word = bits_of(v);
+        size_t size = 4;
+        if (name == "I8") {
+            v = std::nearbyint(v);
+            word = uint8_t(int8_t(v));
+            size = 1;
+        } else if (name != "F32") {
+            word = name == "F16" ? to_f16_scalar(v) : word >> 16;
+            v = name == "F16" ? from_f16(uint16_t(word)) : from_bf16(uint16_t(word));
+            size = 2;
+        }
+        for (size_t i = 0; i < size; i++) bytes.push_back(uint8_t(word >> (8 * i)));
+    }
+    return bytes;
+}
+
+void check_panel(Check& check, const char* format, PanelFn panel, PanelFn portable) {
+    Random random(1);
+    for (const size_t depth : {1, 6, 32, 96, 200}) {
+        for (const Data data : {Data::Exact, Data::Realistic}) {
+            constexpr size_t num_rows = kMaxPanelRows + 1;
+            const size_t a_stride = depth + 3, size = depth * kBlockColumns;
+            const bool exact = data == Data::Exact;
+            std::vector<float> values = exact ? random.integers(size, -127, 127) : random.uniforms(size, -100, 100);
+            const std::vector<uint8_t> stored = encode_panel(format, values);
+            const std::vector<float> a =
+                exact ? random.integers(num_rows * a_stride, -9, 9) : random.uniforms(num_rows * a_stride, -1, 1);
+            Expected expected{std::vector<float>(num_rows * kBlockColumns), std::vector<double>(num_rows * kBlockColumns)};
+            portable(a.data(), a_stride, num_rows, stored.data(), depth, expected.value.data(), kBlockColumns, false);
+            for (size_t i = 0; i < (exact ? 0 : num_rows * size); i++) {
+                const size_t row = i / size, k = i % size / kBlockColumns;
+                expected.bound[row * kBlockColumns + i % kBlockColumns] +=
+                    double(depth + 1) * kEpsilon * std::fabs(double(a[row * a_stride + k]) * values[i % size]);
+            }
+            const auto run = [&](size_t first, int rows, float* y, size_t stride, bool add) {
+                panel(a.data() + first * a_stride, a_stride, rows, stored.data(), depth, y, stride, add);
+            };
+            check_rows(check, run, kMaxPanelRows, expected, where_of(data, depth));
+        }
+    }
+}
+
+// Groups of very different sizes, one of zeros, and one whose scale is 1, so that halves are rounded to even.
+std::vector<float> quantizable(size_t n, Random& random) {
+    std::vector<float> x(n);
+    for (size_t i = 0; i < n; i++) {
+        const size_t group = i / kGroup;
+        x[i] = random.uniform(-1, 1) * std::pow(10.0f, float(int(group % 9) * 8 - 32));
+        if (group % 4 == 2) x[i] = 0;
+        if (group % 4 == 3) x[i] = i % kGroup == 0 ? 127.0f : float(random.integer(-127, 126)) + 0.5f;
+    }
+    return x;
+}
+
+void check_quantize_row(Check& check, const Ops& ops) {
+    Random random(2);
+    for (const size_t k : {32, 64, 288, 3072}) {
+        const std::vector<float> x = quantizable(k, random);
+        std::vector<int8_t> q[2];
+        std::vector<float> scale[2];
+        std::vector<int32_t> sum[2];
+        for (int t = 0; t < 2; t++) {
+            q[t].resize(k + 16, 7);
+            scale[t].resize(k / kGroup + 1, 7);
+            sum[t].resize(k / 16 + 1, 7);
+            (t ? ops_portable() : ops).quantize_row(x.data(), k, q[t].data(), scale[t].data(), sum[t].data());
+        }
+        check.same(q[0], q[1], "codes");
+        check.same(scale[0], scale[1], "scales");
+        check.same(sum[0], sum[1], "sums");
+    }
+}
+
+void check_quantize_vector(Check& check, const Ops& ops) {
+    Random random(3);
+    for (const size_t n : {16, 48, 80, 512}) {
+        for (size_t group = 0; group < 9; group++) {
+            std::vector<float> x = quantizable((group + 17) * kGroup, random);
+            x.erase(x.begin(), x.begin() + ptrdiff_t(group * kGroup));
+            std::vector<int8_t> q(n + 16, 7), expected = q;
+            const float scale = ops.quantize_vector(x.data(), n, q.data());
+            check.close(scale, ops_portable().quantize_vector(x.data(), n, expected.data()), 0, "scale");
+            check.same(q, expected, "codes");
+        }
+    }
+}
+
+// Every half, every tie between two, their neighbours, and what lies beyond.
+void check_to_f16(Check& check, const Ops& ops) {
+    std::vector<float> x = {INFINITY, -INFINITY, 1e30f, -1e30f, 65504, 65519, 65520, 65536, 1e-30f, -1e-45f, -0.0f};
+    for (uint16_t h = 0; h < 0x7bff; h++) {
+        const float value = from_f16(h), tie = value + 0.5f * (from_f16(uint16_t(h + 1)) - value);
+        for (const float v : {value, tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 1e9f)}) x.push_back(h % 2 ? v : -v);
+    }
+    x.resize((x.size() + 15) / 16 * 16);
+    std::vector<uint16_t> y(x.size() + 16, 7), expected = y;
+    ops.to_f16(x.data(), x.size(), y.data());
+    ops_portable().to_f16(x.data(), x.size(), expected.data());
+    check.same(y, expected, "value");
+}
+
+void check_rms_norm(Check& check, const Ops& ops) {
+    Random random(4);
+    for (const size_t n : {1, 2, 7, 16, 23, 36, 97, 575, 3072, 3075}) {
+        for (const bool exact : {true, false}) {
+            const std::vector<float> x = exact ? random.integers(n, -50, 50) : random.uniforms(n, -3, 3);
+            const std::vector<float> weight = random.uniforms(n, -2, 2);
+            std::vector<float> y(n + 16, 7), expected = y;
+            ops.rms_norm(x.data(), weight.data(), n, 1e-5f, y.data());
+            ops_portable().rms_norm(x.data(), weight.data(), n, 1e-5f, expected.data());
+            // 8 or more partial sums, and the square root halves their error.
+            const double bound = exact ? 0 : (double(n) / 16 + 12) * kEpsilon;
+            for (size_t i = 0; i < y.size(); i++)
+                check.close(y[i], expected[i], i < n ? bound * std::fabs(expected[i]) : 0, "n = " + std::to_string(n));
+        }
+    }
+}
+
+void check_silu_mul(Check& check, const Ops& ops) {
+    Random random(5);
+    for (const size_t n : {1, 6, 16, 35, 2048}) {
+        std::vector<float> gate = random.uniforms(n, -100, 100), up = random.uniforms(n, -2, 2);
+        for (size_t i = 0; i < n; i += 3) gate[i] *= 0.05f;
+        constexpr float special[] = {0, -88, 1e4f, -1e4f, 1e-30f};
+        for (size_t i = 0; i < 5 && i < n; i++) gate[i] = special[i];
+        std::vector<float> y(n + 16, 7), expected = y;
+        ops.silu_mul(gate.data(), up.data(), n, y.data());
+        ops_portable().silu_mul(gate.data(), up.data(), n, expected.data());
+        for (size_t i = 0; i < y.size(); i++) {   // below -88 one side stops where the other goes on to 0
+            const double bound = i < n ? 8 * kEpsilon * std::fabs(expected[i]) + 1e-30 : 0;
+            check.close(y[i], expected[i], bound, "gate " + std::to_string(i < n ? gate[i] : 0));
+        }
+    }
+}
+
+void check_multiply(Check& check, const Ops& ops) {
+    Random random(6);
+    const std::vector<float> y = random.uniforms(96, -5, 5);
+    std::vector<float> x = random.uniforms(112, -5, 5), expected = x;
+    ops.multiply(x.data(), y.data(), 96);
+    ops_portable().multiply(expected.data(), y.data(), 96);
+    check.same(x, expected, "product");
+}
+
+void check_blend(Check& check, const Ops& ops) {
+    Random random(7);
+    for (const bool exact : {true, false}) {
+        const std::vector<float> start = exact ? random.integers(112, -99, 99) : random.uniforms(112, -5, 5);
+        const std::vector<float> y = exact ? random.integers(96, -99, 99) : random.uniforms(96, -5, 5);
+        const float alpha = exact ? 3 : 0.123f, beta = exact ? -5 : 0.877f;
+        std::vector<float> x = start, expected = start;
+        ops.blend(alpha, x.data(), beta, y.data(), 96);
+        ops_portable().blend(alpha, expected.data(), beta, y.data(), 96);
+        for (size_t i = 0; i < 96; i++) {
+            const double size = std::fabs(alpha * start[i]) + std::fabs(beta * y[i]);
+            check.close(x[i], expected[i], exact ? 0 : 2 * kEpsilon * size, "value");
+        }
+        for (size_t i = 96; i < 112; i++) check.close(x[i], start[i], 0, "beyond the end");
+    }
+}
+
+void check_softmax(Check& check, const Ops& ops) {
+    Random random(8);
+    for (const size_t n : {32, 64, 256}) {
+        const size_t ranges[][2] = {{0, n}, {0, 1}, {n - 1, n}, {5, 17}, {3, n - 2}, {0, 0}, {7, 7}, {n, n}};
+        for (const auto& [low, high] : ranges) {
+            for (const bool flat : {true, false}) {
+                std::vector<float> s = flat ? std::vector<float>(n + 16, 2.5f) : random.uniforms(n + 16, -60, 60);
+                constexpr float outside[] = {NAN, INFINITY, 1e30f, -INFINITY};   // never looked at
+                for (size_t i = 0; i < n; i++)
+                    if (i < low || i >= high) s[i] = outside[i % 4];
+                std::vector<float> expected = s;
+                float max, sum, expected_max, expected_sum;
+                ops.softmax(s.data(), n, low, high, &max, &sum);
+                ops_portable().softmax(expected.data(), n, low, high, &expected_max, &expected_sum);
+                const std::string where = std::to_string(low) + " to " + std::to_string(high) + " of " + std::to_string(n);
+                check.close(max, expected_max, 0, "maximum of " + where);
+                const double bound = flat || low == high ? 0 : (double(n) / 8 + 12) * kEpsilon * expected_sum;
+                check.close(sum, expected_sum, bound, "sum of " + where);
+                for (size_t i = 0; i < s.size(); i++) {   // exp stops at -87.3 on one side
+                    const bool exact = flat || i < low || i >= high;
+                    check.close(s[i], expected[i], exact ? 0 : 4 * kEpsilon * expected[i] + 2e-38, where);
+                }
+            }
+        }
+    }
+}
+
+// Their results mean nothing; only that work is counted and that memory is read can be checked.
+void check_calibration(Check& check, const Ops& ops) {
+    check.close(ops.spin_int8(1) > 0, true, 0, "operations of one iteration");
+    check.close(double(ops.spin_int8(30)), 3 * double(ops.spin_int8(10)), 0, "operations of 30 iterations");
+    std::vector<uint8_t> data(4096);
+    check.close(double(ops.read_bytes(data.data(), data.size())), 0, 0, "zeros");
+    for (size_t at = 0; at < data.size(); at += 64) {
+        data[at] = 1;
+        check.close(ops.read_bytes(data.data(), data.size()) != 0, true, 0, "a bit at " + std::to_string(at));
+        data[at] = 0;
+    }
+}
+
+bool compare(const Ops& ops) {
+    bool ok = true;
+    const auto report = [&](const std::string& entry, const auto& function, const auto&... arguments) {
+        Check check;
+        function(check, arguments...);
+        ok = check.print(ops.name, entry) && ok;
+    };
+    for (int kind = 0; kind < kNumKinds; kind++) {
+        const char* name = kKindNames[kind];
+        if (is_quantized(Kind(kind))) report(std::string("tile ") + name, check_tile, ops, Kind(kind));
+        else report(std::string("panel ") + name, check_panel, name, ops.panel[kind], ops_portable().panel[kind]);
+    }
+    report("panel I8", check_panel, "I8", ops.panel_i8, ops_portable().panel_i8);
+    report("quantize_row", check_quantize_row, ops);
+    report("quantize_vector", check_quantize_vector, ops);
+    report("to_f16", check_to_f16, ops);
+    report("rms_norm", check_rms_norm, ops);
+    report("silu_mul", check_silu_mul, ops);
+    report("multiply", check_multiply, ops);
+    report("blend", check_blend, ops);
+    report("softmax", check_softmax, ops);
+    report("calibration", check_calibration, ops);
+    return ok;
+}
+
+}  // namespace
+
+int main() {
+    bool ok = true;
+    for (const std::string& isa : available_isas()) {
+        std::printf("available: %s\n", isa.c_str());
+        if (isa != "portable") ok = compare(select_ops(isa)) && ok;
+    }
+    return ok ? EXIT_SUCCESS : EXIT_FAILURE;
+}
