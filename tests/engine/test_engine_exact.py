@@ -113,6 +113,7 @@ def test_a_second_request_with_the_same_prefix_computes_only_the_rest() -> None:
     outputs = drain(engine)[second.id, 0]
     assert program.num_computed_tokens - before == 83 - 64 + 2
     assert engine.stats.num_reused_tokens == 64
+    assert [output.num_cached_tokens for output in outputs] == [64, 64, 64]
     assert tokens(outputs) == expected_tokens(program, second, 0, 3)
 
 

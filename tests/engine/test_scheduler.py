@@ -168,6 +168,7 @@ def test_siblings_wait_for_the_prompt_and_share_its_full_blocks() -> None:
     assert sequences[1].block_table[:5] == sequences[0].block_table[:5] == sequences[2].block_table[:5]
     assert len({s.block_table[5] for s in sequences}) == 3
     assert scheduler.num_reused_tokens == 40
+    assert [s.num_cached_tokens for s in sequences] == [0, 20, 20]
 
 
 def test_siblings_start_when_their_leader_is_aborted() -> None:
@@ -184,6 +185,20 @@ def test_a_whole_cached_prompt_still_computes_its_last_token() -> None:
     commit(scheduler, scheduler.schedule())
     add(scheduler, 8, 1, name="a")
     assert spans(scheduler.schedule()) == [("a", 4, 8, True)]
+
+
+def test_cached_tokens_are_those_of_the_first_admission() -> None:
+    scheduler = make_scheduler(6)
+    add(scheduler, 8, 1, name="a")
+    commit(scheduler, scheduler.schedule())
+    add(scheduler, 4, 14, name="older")
+    (sequence,) = add(scheduler, 8, 12, name="a")
+    assert sequence.num_cached_tokens is None
+    while (step := scheduler.schedule()).chunks:
+        commit(scheduler, step)
+    assert scheduler.num_preemptions > 0
+    assert scheduler.num_reused_tokens > 4, "it found its own blocks when it came back"
+    assert sequence.num_cached_tokens == 4
 
 
 @pytest.mark.parametrize(("start", "computed_from"), [(16, 12), (12, 8), (13, 12), (1, 0), (5, 4)])

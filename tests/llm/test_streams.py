@@ -106,12 +106,24 @@ def test_two_streams_can_be_read_in_turns() -> None:
     assert "".join(chunk.text for chunk in second) == "econd one"
 
 
-def test_cached_tokens_are_unknown_when_requests_start_together() -> None:
+def test_cached_tokens_are_exact_when_requests_run_together() -> None:
     llm = make_llm()
-    first, second = (llm.chat(QUESTION, stream=True, temperature=0) for _ in range(2))
-    list(first), list(second)
-    assert first.usage.cached_tokens is None
-    assert second.usage.cached_tokens is None
+    list(llm.chat(QUESTION, stream=True, temperature=0))
+    texts = ["another question", QUESTION[0]["content"], QUESTION[0]["content"] + " again"]
+    streams = [llm.chat([{"role": "user", "content": text}], stream=True, temperature=0) for text in texts]
+    assert [stream.usage.cached_tokens for stream in streams] == [0, 0, 0]
+    for stream in reversed(streams):
+        list(stream)
+    assert [stream.usage.cached_tokens for stream in streams] == [0, 32, 32]
+
+
+def test_cached_tokens_count_the_prompt_once_for_all_choices() -> None:
+    llm = make_llm()
+    first = list(llm.chat(QUESTION, stream=True, temperature=0, n=3))[-1].usage
+    second = list(llm.chat(QUESTION, stream=True, temperature=0, n=3))[-1].usage
+    assert first is not None
+    assert second is not None
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
 
 
 def test_threads_share_the_engine() -> None:

@@ -195,6 +195,7 @@ class Engine:
         if sequence.num_generated == 1 and sequence.index == 0:
             self._num_prompt_tokens += sequence.prompt_len
         scores = self._prompt_logprobs.pop(sequence, None)
+        assert sequence.num_cached_tokens is not None, "a sequence generated before it was admitted"
         if finish_reason is None:
             self._samplers[sequence].observe(sampled.token_id)
         else:
@@ -207,6 +208,7 @@ class Engine:
             top_logprobs=sampled.top_logprobs,
             finish_reason=finish_reason,
             prompt_logprobs=None if scores is None else tuple(scores),
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
     def _fail(self, step: ScheduledStep) -> None:

@@ -3,7 +3,7 @@
 Knows token ids only: no text, no model, no arrays of numbers to compute with.
 """
 
-import uuid
+import os
 from array import array
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class Request:
     """cached prefixes are reused only between requests of the same salt"""
     prompt_logprobs_start: int | None = None
     """index of the first prompt token whose log-probability is wanted; at least 1, as nothing precedes token 0"""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: os.urandom(16).hex())
 
     def __post_init__(self) -> None:
         """Refuse what no model could serve."""
@@ -145,6 +145,8 @@ class SequenceOutput:
     finish_reason: FinishReason | None
     prompt_logprobs: tuple[PromptLogprob, ...] | None
     """with the first token of sequence 0, if `prompt_logprobs_start` asked for them"""
+    num_cached_tokens: int
+    """prompt tokens that the prefix cache already held when the sequence was first admitted"""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -172,6 +174,8 @@ class Sequence:
     """cache keys of the first full blocks, as far as they were needed"""
     is_prompt_computed: bool = False
     """the prompt was computed once, whether or not it is still in the cache"""
+    num_cached_tokens: int | None = None
+    """prompt tokens found in the prefix cache at the first admission; None before it"""
     is_finished: bool = False
 
     @property

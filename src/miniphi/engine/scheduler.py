@@ -224,6 +224,8 @@ class Scheduler:
         sequence.block_table = array("i", matched + self.cache.reserve(missing))
         sequence.num_computed = len(matched) * self.cache.block_size
         self.num_reused_tokens += sequence.num_computed
+        if sequence.num_cached_tokens is None:  # a pre-empted sequence finds its own blocks again: no gift
+            sequence.num_cached_tokens = sequence.num_computed
         return sequence
 
     def _match(self, sequence: Sequence) -> list[int]:

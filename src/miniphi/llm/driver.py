@@ -19,12 +19,8 @@ __all__ = ["EngineDriver", "OutputSink"]
 class OutputSink(Protocol):
     """Takes what the engine produces for one request; called while the engine waits, so it must be quick."""
 
-    def accept(self, output: SequenceOutput, now_s: float, num_cached: int | None) -> bool:
-        """Take one token, sampled at `now_s` (perf_counter), and say whether its sequence must end here.
-
-        `num_cached` comes with the first token: how many tokens of the prompt were found in the prefix cache, or None
-        if that is not known because other requests started at the same time.
-        """
+    def accept(self, output: SequenceOutput, now_s: float) -> bool:
+        """Take one token, sampled at `now_s` (perf_counter), and say whether its sequence must end here."""
 
     def fail(self, error: Exception) -> None:
         """Learn that the engine ended the request because a step failed."""
@@ -43,17 +39,12 @@ class EngineDriver:
         self._lock = threading.Lock()
         self._sinks: dict[str, OutputSink] = {}
         self._aborts: deque[str] = deque()
-        self._reused_before: dict[str, int] = {}
 
     def submit(self, request: Request, sink: OutputSink) -> None:
         """Queue a request, whose tokens go to `sink`; what the engine refuses is raised here."""
         with self._lock, _interrupts_deferred():
             self._apply_aborts()
             self.engine.submit(request)
-            # The engine counts reused tokens for all requests together: they are this one's only while it is alone.
-            self._reused_before.clear()
-            if not self._sinks:
-                self._reused_before[request.id] = self.engine.stats.num_reused_tokens
             self._sinks[request.id] = sink
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
@@ -91,9 +82,7 @@ class EngineDriver:
                 self._deliver(output, now_s)
 
     def _deliver(self, output: SequenceOutput, now_s: float) -> None:
-        before = self._reused_before.pop(output.request_id, None)
-        num_cached = None if before is None else self.engine.stats.num_reused_tokens - before
-        must_end = self._sinks[output.request_id].accept(output, now_s, num_cached)
+        must_end = self._sinks[output.request_id].accept(output, now_s)
         if must_end and output.finish_reason is None:
             self.engine.abort(output.request_id, output.index)
 

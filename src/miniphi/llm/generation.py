@@ -93,7 +93,7 @@ class Generation:
             for index in range(params.n)
         ]
         self._num_open = params.n
-        self._num_cached: int | None = None
+        self._num_cached = 0
         self._started_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s: float | None = None
@@ -107,10 +107,11 @@ class Generation:
         """Whether there is a chunk to take, or no more to come."""
         return bool(self.chunks) or self.is_finished
 
-    def accept(self, output: SequenceOutput, now_s: float, num_cached: int | None) -> bool:
+    def accept(self, output: SequenceOutput, now_s: float) -> bool:
         """Take one token of the engine; True if a stop string ended its choice."""
         if self._first_s is None:
-            self._first_s, self._num_cached = now_s, num_cached
+            # Sequence 0 computes the prompt, so the first token is its own.
+            self._first_s, self._num_cached = now_s, output.num_cached_tokens
         self._last_s = now_s
         choice = self._choices[output.index]
         chunk = choice.push(output, self._describe(output))
@@ -145,7 +146,7 @@ class Generation:
         usage = self.usage
         return Timings(
             time_to_first_token_s=to_first_s,
-            prompt_tokens_per_s=_rate(usage.prompt_tokens - (usage.cached_tokens or 0), to_first_s),
+            prompt_tokens_per_s=_rate(usage.prompt_tokens - usage.cached_tokens, to_first_s),
             completion_tokens_per_s=_rate(usage.completion_tokens - 1, self._last_s - self._first_s),
             total_s=self._last_s - self._started_s,
         )

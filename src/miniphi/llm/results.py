@@ -55,20 +55,19 @@ class TokenLogprob(Alternative):
 class Usage:
     """Token counts of one request, all its choices together.
 
-    `cached_tokens` of the `prompt_tokens` came from the prefix cache and cost no computation; it is None when other
-    requests started at the same time, because the engine counts for all together.
+    `cached_tokens` of the `prompt_tokens` came from the prefix cache and cost no computation; 0 until the first token.
     """
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int | None
+    cached_tokens: int
 
     @property
     def total_tokens(self) -> int:
         """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, int]:
         """Return JSON values."""
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -31,7 +31,7 @@ class _Score:
         self.logprobs: tuple[PromptLogprob, ...] | None = None
         self.error: Exception | None = None
 
-    def accept(self, output: SequenceOutput, now_s: float, num_cached: int | None) -> bool:
+    def accept(self, output: SequenceOutput, now_s: float) -> bool:
         self.logprobs = output.prompt_logprobs
         return True
 
