@@ -6,61 +6,8 @@ import pytest
 
 from miniphi.config import ModelConfig, RopeScaling
 from miniphi.errors import CheckpointError, UnsupportedModelError
+from tests.config_files import FACTORS, longrope, read_gguf, small_gguf, small_hf
 from tests.shared_data import shared_path
-
-FACTORS = tuple(1.0 + 0.25 * index for index in range(8))
-
-
-def small_hf(**changes: Any) -> dict[str, Any]:
-    """A Phi-3 of 2 layers with head_dim 16, as a config.json."""
-    config = {
-        "model_type": "phi3",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "pad_token_id": 2,
-        "sliding_window": 2047,
-    }
-    return {key: value for key, value in (config | changes).items() if value != "absent"}
-
-
-def longrope(**changes: Any) -> dict[str, Any]:
-    scaling = {"type": "longrope", "long_factor": list(FACTORS), "short_factor": [1.0] * 8} | changes
-    return {key: value for key, value in scaling.items() if value != "absent"}
-
-
-def small_gguf(arch: str = "phi3", **changes: Any) -> dict[str, Any]:
-    own = {
-        "context_length": 4096,
-        "embedding_length": 64,
-        "feed_forward_length": 96,
-        "block_count": 2,
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-        "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
-        "rope.dimension_count": 16,
-        "rope.freq_base": 10000.0,
-    } | changes
-    return {
-        "general.architecture": arch,
-        **{f"{arch}.{key}": value for key, value in own.items() if value != "absent"},
-        "tokenizer.ggml.tokens": ["x"] * 100,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.eot_token_id": 3,
-    }
-
-
-def read_gguf(metadata: dict[str, Any], **options: Any) -> ModelConfig:
-    return ModelConfig.from_gguf(metadata, **({"tied": False, "source": "m.gguf"} | options))
 
 
 class TestPublicModels:
@@ -227,8 +174,11 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> 
         ({"vocab_size": 1 << 40}, "vocab_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"partial_rotary_factor": 0.2}, "partial_rotary_factor 0.2"),
-        ({"partial_rotary_factor": math.nan}, "partial_rotary_factor nan"),
+        ({"partial_rotary_factor": math.nan}, "partial_rotary_factor is nan"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings is 1000"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"original_max_position_embeddings": 4096.5}, "original_max_position_embeddings is 4096.5"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"sliding_window": 0}, "sliding_window"),
@@ -312,6 +262,7 @@ def test_gguf_partial_rotation_and_head_size() -> None:
         ({"expert_count": 8}, "phi3.expert_count"),
         ({"rope.scaling.type": "linear"}, "phi3.rope.scaling.type"),
         ({"attention.clamp_kqv": 8.0}, "phi3.attention.clamp_kqv"),
+        ({"arch": "llama", "attention.sliding_window": 100}, "llama.attention.sliding_window"),
     ],
 )
 def test_gguf_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> None:
@@ -324,7 +275,21 @@ def test_gguf_what_is_not_supported_is_named(changes: dict[str, Any], named: str
     [
         ({"block_count": "absent"}, "phi3.block_count is missing"),
         ({"attention.head_count_kv": [2, 1]}, "phi3.attention.head_count_kv is"),
-        ({"rope.scaling.original_context_length": 0}, "original_max_position_embeddings is 0"),
+        ({"rope.scaling.original_context_length": 0}, "phi3.rope.scaling.original_context_length is 0"),
+        ({"embedding_length": 0}, "phi3.embedding_length is 0"),
+        ({"attention.head_count": -4}, "phi3.attention.head_count is -4"),
+        ({"attention.head_count": [4, 4]}, r"phi3.attention.head_count is \[4, 4\]"),
+        ({"attention.head_count_kv": True}, "phi3.attention.head_count_kv is True"),
+        ({"attention.key_length": 0, "rope.dimension_count": 0}, "phi3.attention.key_length is 0"),
+        ({"rope.dimension_count": 0}, "phi3.rope.dimension_count is 0"),
+        ({"context_length": 10**400}, "phi3.context_length is 1000.*64 bits"),
+        ({"attention.layer_norm_rms_epsilon": 1e300}, r"phi3.attention.layer_norm_rms_epsilon is 1e\+300"),
+        ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rope.freq_base": 1e300}, r"phi3.rope.freq_base is 1e\+300"),
+        ({"rope.freq_base": 10**400}, "phi3.rope.freq_base is 1000"),
+        ({"rope.freq_base": math.nan}, "phi3.rope.freq_base is nan"),
+        ({"rope.scaling.attn_factor": -1e300}, r"phi3.rope.scaling.attn_factor is -1e\+300"),
+        ({"rope.scaling.attn_factor": math.inf}, "phi3.rope.scaling.attn_factor is inf"),
     ],
 )
 def test_gguf_damage_is_named(changes: dict[str, Any], named: str) -> None:

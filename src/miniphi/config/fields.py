@@ -6,6 +6,9 @@ from typing import Any
 from miniphi.config.rope import LONGROPE_NAMES
 from miniphi.errors import CheckpointError, UnsupportedModelError
 
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+_INTEGERS = range(-(2**63), 2**64)  # what a file can hold in 64 bits
+
 
 class Fields:
     """Typed reads from a mapping that remember what was read, so that what was not can be refused.
@@ -28,15 +31,29 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None) -> int:
         """Return an integer; without a default its absence is an error."""
-        return int(self._required(name, self._typed(name, "an integer", (int,)), default))
+        value = int(self._required(name, self._typed(name, "an integer", (int,)), default))
+        if value not in _INTEGERS:
+            raise CheckpointError(f"{self._label}{name} is {_shown(value)}; expected an integer of 64 bits")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """Return an integer of at least 1; without a default its absence is an error."""
+        value = self.integer(name, default)
+        if value < 1:
+            raise CheckpointError(f"{self._label}{name} is {value}; expected an integer of at least 1")
+        return value
+
+    def optional_size(self, name: str) -> int | None:
+        """Return an integer of at least 1, or None where the key is absent or null."""
+        return self.size(name) if self.has(name) else None
 
     def optional_integer(self, name: str) -> int | None:
         """Return an integer, or None where the key is absent or null."""
         return self.integer(name) if self.has(name) else None
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a float; without a default its absence is an error."""
-        return float(self._required(name, self._typed(name, "a number", (int, float)), default))
+        """Return a float that float32 can hold, too; without a default its absence is an error."""
+        return self._float(name, self._required(name, self._typed(name, "a number", (int, float)), default))
 
     def optional_number(self, name: str) -> float | None:
         """Return a float, or None where the key is absent or null."""
@@ -59,7 +76,7 @@ class Fields:
         value = self._required(name, self._typed(name, "a list of numbers", (list, tuple)), None)
         if any(not isinstance(item, int | float) or isinstance(item, bool) for item in value):
             raise CheckpointError(f"{self._label}{name} is {_shown(value)}; expected a list of numbers")
-        return tuple(float(item) for item in value)
+        return tuple(self._float(f"{name}[{index}]", item) for index, item in enumerate(value))
 
     def block(self, name: str) -> Mapping[str, Any]:
         """Return a nested object, empty where the key is absent or null."""
@@ -88,6 +105,13 @@ class Fields:
             raise CheckpointError(f"{self._label}{name} is {_shown(value)}; expected {expected}")
         return value
 
+    def _float(self, name: str, value: int | float) -> float:
+        if not abs(value) <= MAX_FLOAT32:  # NaN compares false
+            raise CheckpointError(
+                f"{self._label}{name} is {_shown(value)}; expected a finite number that float32 holds"
+            )
+        return float(value)
+
     def _required(self, name: str, value: Any, default: Any) -> Any:
         if value is None and default is None:
             raise CheckpointError(f"{self._label}{name} is missing")
@@ -103,7 +127,7 @@ def require_model_type(key: str, value: object) -> str:
 
 def head_dim_of(hidden_size: int, heads: int) -> int:
     """Divide the hidden size among the heads, which is what files mean that give no head size."""
-    if heads <= 0 or hidden_size % heads:
+    if hidden_size < 1 or heads < 1 or hidden_size % heads:
         raise CheckpointError(f"hidden size {hidden_size} is not a multiple of the {heads} attention heads")
     return hidden_size // heads
 

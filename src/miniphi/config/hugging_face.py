@@ -1,7 +1,7 @@
 """config.json of Hugging Face, old and new, to the fields of `ModelConfig`."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from miniphi.config.fields import Fields, head_dim_of, require_model_type
 from miniphi.config.rope import LONGROPE_NAMES, RopeScaling, attention_factor
@@ -52,6 +52,8 @@ _FIXED_KEYS: Mapping[str, tuple[object, ...]] = {
 
 _DEFAULT_ROPE_THETA = 10000.0  # what transformers assumes where the key is absent
 
+_Number = TypeVar("_Number", int, float)
+
 
 def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ModelConfig's fields. Raises as `ModelConfig.from_hf`."""
@@ -73,8 +75,8 @@ def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": fields.optional_integer("head_dim") or head_dim_of(hidden, heads),
         "max_position_embeddings": max_positions,
         "rms_norm_eps": fields.number("rms_norm_eps"),
-        "rope_theta": _agreed_number(fields, rope, "rope_theta", _DEFAULT_ROPE_THETA),
-        "partial_rotary_factor": _agreed_number(fields, rope, "partial_rotary_factor", 1.0),
+        "rope_theta": _agreed(fields, rope, "rope_theta", Fields.optional_number, _DEFAULT_ROPE_THETA),
+        "partial_rotary_factor": _agreed(fields, rope, "partial_rotary_factor", Fields.optional_number, 1.0),
         "rope_scaling": _hf_rope_scaling(fields, rope, model_type, max_positions),
         "sliding_window": fields.optional_integer("sliding_window") if model_type == "phi3" else None,
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
@@ -95,8 +97,11 @@ def _rope_fields(fields: Fields) -> Fields:
     return Fields(old, label="rope_scaling.") if old else Fields(new, label="rope_parameters.")
 
 
-def _agreed_number(fields: Fields, rope: Fields, name: str, default: float) -> float:
-    outer, inner = fields.optional_number(name), rope.optional_number(name)
+def _agreed(
+    fields: Fields, rope: Fields, name: str, read: Callable[[Fields, str], _Number | None], default: _Number
+) -> _Number:
+    """Return what either place says, if they do not contradict each other."""
+    outer, inner = read(fields, name), read(rope, name)
     if outer is not None and inner is not None and outer != inner:
         raise CheckpointError(f"{name} is {outer} at the top level and {inner} in the RoPE block")
     return inner if inner is not None else outer if outer is not None else default
@@ -104,7 +109,7 @@ def _agreed_number(fields: Fields, rope: Fields, name: str, default: float) -> f
 
 def _hf_rope_scaling(fields: Fields, rope: Fields, model_type: str, max_positions: int) -> RopeScaling | None:
     names = {str(rope.value(key)) for key in ("rope_type", "type") if rope.has(key)} or {"default"}
-    original = int(_agreed_number(fields, rope, "original_max_position_embeddings", 0))
+    original = _agreed(fields, rope, "original_max_position_embeddings", Fields.optional_integer, 0)
     if names == {"default"}:
         return None
     supported = LONGROPE_NAMES[model_type]
