@@ -1,4 +1,5 @@
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 import miniphi
 from miniphi.cli.main import COMMANDS, build_parser
 from miniphi.errors import CheckpointError
+from tests.fake_llm import write_tiny_model
 from tests.shared_data import REPOSITORY
 
 from .conftest import FakeModels, Result, Run
@@ -60,6 +62,20 @@ def test_only_the_chosen_command_is_imported() -> None:
         python(code).stdout
         == "['miniphi.cli.main', 'miniphi.cli.options', 'miniphi.cli.show', 'miniphi.cli.terminal']\n"
     )
+
+
+def test_an_answer_imports_only_what_it_needs(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    code = (
+        "import os, sys\n"
+        "from miniphi.cli.main import main\n"
+        f"code = main(['generate', 'hi', '--max-tokens', '1', '--context', '64', '--model', {str(folder)!r}])\n"
+        "unneeded = {'httpx2', 'huggingface_hub', 'prompt_toolkit', 'tqdm', 'uuid', 'miniphi.models.fetch'}\n"
+        "print(code, sorted(unneeded & set(sys.modules)), os.environ['OPENBLAS_NUM_THREADS'], file=sys.stderr)"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    assert python(code, env=environ).stderr == "0 [] 1\n"
+    assert python(code, env=environ | {"OPENBLAS_NUM_THREADS": "4"}).stderr == "0 [] 4\n"
 
 
 def test_version_is_that_of_the_project(run: Run) -> None:

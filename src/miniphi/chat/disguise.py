@@ -16,11 +16,12 @@ What remains is a template that cuts letters out of a message and writes them be
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from miniphi.errors import InvalidRequestError
 
-_PRIVATE_USE = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+_PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 class Danger:
@@ -57,7 +58,7 @@ class Disguise:
         texts = list(_texts(values))
         self.num_characters = sum(map(len, texts))
         used = set().union(*texts)
-        self._free = (chr(point) for point in _PRIVATE_USE if chr(point) not in used)
+        self._free = (chr(point) for point in chain(*_PRIVATE_USE) if chr(point) not in used)
         self._private = {letter: self.mark() for letter in danger.letters}
         self._everything = str.maketrans(self._private)
         self._back = str.maketrans({private: letter for letter, private in self._private.items()})

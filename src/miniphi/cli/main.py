@@ -6,6 +6,7 @@ and imports what it needs inside `run`: only the chosen command is ever imported
 
 import argparse
 import errno
+import gc
 import importlib
 import io
 import os
@@ -71,6 +72,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _spare_start_up()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer must not fail on a terminal that lacks a character
@@ -84,6 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(error)
     return code
+
+
+def _spare_start_up() -> None:
+    """Leave out work at start-up that no command needs."""
+    # Our kernels compute; NumPy's linear algebra would start its threads when it is imported, and never be used.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Modules and vocabularies are hundreds of thousands of objects that stay: do not search them for garbage meanwhile.
+    gc.set_threshold(100_000)
 
 
 def _run(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# What the default model's card recommends; at temperature 1 a model of this size wanders off.
+# At temperature 1 a model as small as the default one (135 M parameters) wanders off its subject.
 DEFAULT_TEMPERATURE = 0.2
 DEFAULT_TOP_P = 0.9
 

@@ -25,6 +25,9 @@ class _Type(IntEnum):
     BYTE = 6
 
 
+_SPECIAL_TYPES = frozenset((_Type.UNKNOWN, _Type.CONTROL, _Type.USER_DEFINED))
+_PADDING_TYPES = frozenset((_Type.UNKNOWN, _Type.UNUSED))
+
 # The regular expressions by which public BPE models cut a text into words, by llama.cpp's name for them.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -52,9 +55,10 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
     """Build the vocabulary. Raises: CheckpointError, UnsupportedModelError."""
     kind = metadata.get(f"{_KEY}model")
     tokens, types = _strings(metadata, "tokens", source), _array(metadata, "token_type", source)
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+    num_distinct = len(set(tokens))
+    if len(types) != len(tokens) or num_distinct != len(tokens):
         raise CheckpointError(
-            f"{source}: {_KEY}tokens has {len(tokens)} tokens, of which {len(set(tokens))} are distinct, "
+            f"{source}: {_KEY}tokens has {len(tokens)} tokens, of which {num_distinct} are distinct, "
             f"and {_KEY}token_type has {len(types)} types; expected equal numbers"
         )
     prefix = Prefix.NONE
@@ -75,7 +79,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
             is_control=token_type != _Type.USER_DEFINED,
         )
         for token_id, token_type in enumerate(types)
-        if token_type in (_Type.UNKNOWN, _Type.CONTROL, _Type.USER_DEFINED) and token_id not in unused
+        if token_type in _SPECIAL_TYPES and token_id not in unused
     ]
     return Vocabulary(
         plain=plain,
@@ -99,7 +103,7 @@ def _unused_ids(metadata: Mapping[str, object], types: Sequence[int]) -> frozens
     return frozenset(
         token_id
         for token_id, token_type in enumerate(types)
-        if token_type == _Type.UNUSED or (token_type == _Type.UNKNOWN and token_id != unknown)
+        if token_type in _PADDING_TYPES and (token_type == _Type.UNUSED or token_id != unknown)
     )
 
 
