@@ -31,7 +31,8 @@ std::vector<std::string> available_isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         names.emplace_back("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        names.emplace_back("avx2");
 #elif defined(__aarch64__) && defined(MINIPHI_NEON)
     if (has_dot_product()) names.emplace_back("neon");
 #endif

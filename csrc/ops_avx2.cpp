@@ -270,7 +270,7 @@ void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* su
 void to_f16(const float* x, size_t n, uint16_t* y) {
     const __m256 high = _mm256_set1_ps(65504.0f), low = _mm256_set1_ps(-65504.0f);
     for (size_t i = 0; i < n; i += 8) {
-        const __m256 v = _mm256_max_ps(_mm256_min_ps(_mm256_loadu_ps(x + i), high), low);
+        const __m256 v = _mm256_max_ps(low, _mm256_min_ps(high, _mm256_loadu_ps(x + i)));   // in this order NaN stays
         _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
 }

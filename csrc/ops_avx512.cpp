@@ -255,9 +255,9 @@ void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* su
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
-    const __m512 limit = _mm512_set1_ps(65504.0f);
+    const __m512 high = _mm512_set1_ps(65504.0f), low = _mm512_set1_ps(-65504.0f);
     for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_max_ps(_mm512_min_ps(_mm512_loadu_ps(x + i), limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+        const __m512 v = _mm512_max_ps(low, _mm512_min_ps(high, _mm512_loadu_ps(x + i)));   // in this order NaN stays
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
 }

@@ -265,7 +265,7 @@ void check_quantize_vector(Check& check, const Ops& ops) {
 
 // Every half, every tie between two, their neighbours, and what lies beyond.
 void check_to_f16(Check& check, const Ops& ops) {
-    std::vector<float> x = {INFINITY, -INFINITY, 1e30f, -1e30f, 65504, 65519, 65520, 65536, 1e-30f, -1e-45f, -0.0f};
+    std::vector<float> x = {NAN, INFINITY, -INFINITY, 1e30f, -1e30f, 65504, 65519, 65520, 65536, 1e-30f, -1e-45f, -0.0f};
     for (uint16_t h = 0; h < 0x7bff; h++) {
         const float value = from_f16(h), tie = value + 0.5f * (from_f16(uint16_t(h + 1)) - value);
         for (const float v : {value, tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 1e9f)}) x.push_back(h % 2 ? v : -v);

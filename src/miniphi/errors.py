@@ -3,6 +3,7 @@
     MiniphiError
     +-- CheckpointError          a model file is missing, truncated, corrupt or inconsistent
     +-- UnsupportedModelError    a model file is fine, but asks for something miniphi does not do
+    +-- StorageError             a file cannot be written: it exists, the disk is full, no permission
     +-- DownloadError            a model could not be fetched, or what came is not what was asked for
     +-- ChatTemplateError        a chat template does not compile, raises, or tries to leave its sandbox
     +-- InvalidRequestError      a request's value is out of range; the message names the field
@@ -20,6 +21,7 @@ __all__ = [
     "DownloadError",
     "InvalidRequestError",
     "MiniphiError",
+    "StorageError",
     "UnsupportedModelError",
 ]
 
@@ -34,6 +36,10 @@ class CheckpointError(MiniphiError):
 
 class UnsupportedModelError(MiniphiError):
     """A model file is fine, but asks for something miniphi does not do. Names the key."""
+
+
+class StorageError(MiniphiError):
+    """A file cannot be written: it exists already, the disk is full, or permission is missing. Names the file."""
 
 
 class DownloadError(MiniphiError):

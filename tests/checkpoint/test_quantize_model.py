@@ -10,7 +10,7 @@ import pytest
 
 from miniphi.checkpoint import Format, TensorReport, TensorSource, open_checkpoint, quantize_checkpoint, write_gguf
 from miniphi.checkpoint.stored import Checkpoint
-from miniphi.errors import CheckpointError
+from miniphi.errors import CheckpointError, StorageError
 from tests.checkpoint.tiny_models import (
     byte_level_tokenizer,
     random_tensors,
@@ -177,7 +177,7 @@ def test_tokenizers_without_a_gguf_name_are_refused(tmp_path: Path) -> None:
 def test_the_source_and_existing_files_are_safe(source: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     path.write_text("precious")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(StorageError, match="exists already"):
         quantize_checkpoint(source, path, scheme="q8")
     assert path.read_text() == "precious"
     quantize_checkpoint(source, path, scheme="q8", overwrite=True)
@@ -201,7 +201,7 @@ def test_nothing_is_left_behind(source: Checkpoint, tmp_path: Path, problem: Bas
         if len(calls) == 5:
             raise problem
 
-    expected = CheckpointError if isinstance(problem, OSError) else type(problem)
+    expected = StorageError if isinstance(problem, OSError) else type(problem)
     with pytest.raises(expected) as caught:
         quantize_checkpoint(source, tmp_path / "out.gguf", scheme="q8", on_progress=stop)
     if isinstance(problem, OSError):
@@ -214,7 +214,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     calls: list[float] = []
-    with pytest.raises(CheckpointError, match="free disk space"):
+    with pytest.raises(StorageError, match="free disk space"):
         quantize_checkpoint(source, tmp_path / "out.gguf", scheme="q8", on_progress=lambda _, done: calls.append(done))
     assert calls == []
     assert not (tmp_path / "out.gguf").exists()
@@ -232,7 +232,7 @@ def test_a_disk_that_fills_up_is_named(source: Checkpoint, tmp_path: Path, monke
         )
 
     monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(CheckpointError, match="the disk is full; nothing was left behind"):
+    with pytest.raises(StorageError, match="the disk is full; nothing was left behind"):
         quantize_checkpoint(source, tmp_path / "out.gguf", scheme="q8")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from miniphi.checkpoint import Format, TensorSource, open_checkpoint, save_safetensors
 from miniphi.checkpoint.safetensors import open_safetensors, open_sharded_safetensors
-from miniphi.errors import CheckpointError
+from miniphi.errors import CheckpointError, StorageError
 from tests.checkpoint.tiny_models import random_tensors, tiny_config, write_folder
 
 
@@ -189,6 +189,6 @@ def test_saving_refuses_what_does_not_fit_and_leaves_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(CheckpointError, match="not an empty folder"):
+    with pytest.raises(StorageError, match="not an empty folder"):
         save_safetensors(tmp_path / "full", config, tensors)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "notes"]

@@ -8,7 +8,7 @@ import pytest
 
 from miniphi.cli.conversation import load_conversation, save_conversation
 from miniphi.engine import Batch
-from miniphi.errors import InvalidRequestError
+from miniphi.errors import InvalidRequestError, StorageError
 from tests.fake_llm import EchoProgram, engine_of, make_llm, write_tiny_model
 
 from .conftest import FakeModels, Run
@@ -214,7 +214,7 @@ def test_a_conversation_is_written_whole_or_not_at_all(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full"):
         save_conversation(path, "fake", [{"role": "user", "content": "after"}])
     assert load_conversation(path) == [{"role": "user", "content": "before"}]
     assert list(tmp_path.iterdir()) == [path]

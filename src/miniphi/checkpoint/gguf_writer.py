@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from miniphi.checkpoint.atomic_write import atomic_file, check_free_space
+from miniphi.atomic_write import atomic_file, check_free_space
 from miniphi.checkpoint.formats import Format, dequantize
 from miniphi.checkpoint.gguf import DEFAULT_ALIGNMENT, MAGIC, VERSION, ValueType
 from miniphi.checkpoint.gguf_model import LONG_FACTORS, SHORT_FACTORS
@@ -63,7 +63,8 @@ def write_gguf(
     keys of that kind, such as a licence. With `num_threads` > 1, `read_rows` of a source is called from several
     threads. `on_tensor` is called with each name once it is written.
 
-    Raises CheckpointError if a tensor is missing, surplus or misshapen, the file exists or the disk is full.
+    Raises CheckpointError if a tensor is missing, surplus or misshapen; StorageError if the file exists or the disk
+    is full.
     """
     _check_rotation(config)
     sources = {key: _vector_as_f32(source) for key, source in check_sources(config, tensors).items()}

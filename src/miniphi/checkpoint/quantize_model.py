@@ -83,8 +83,8 @@ def quantize_checkpoint(
     `general.name`. `on_progress` is called after each tensor with its report and the fraction of bytes done. Memory
     stays bounded by a few chunks of rows. The file appears complete or not at all.
 
-    Raises CheckpointError if the destination is the source or exists (unless overwrite), the disk is full, a tensor
-    holds values that are not finite, or its rows do not divide into blocks.
+    Raises CheckpointError if the destination is the source, a tensor holds values that are not finite, or its rows do
+    not divide into blocks; StorageError if the destination exists (unless overwrite) or the disk is full.
     """
     if scheme not in ("q8", "q4"):
         raise CheckpointError(f"scheme is {scheme!r}, expected 'q8' or 'q4'")

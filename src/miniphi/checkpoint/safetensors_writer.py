@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniphi.checkpoint.atomic_write import atomic_folder, check_free_space, write_file
+from miniphi.atomic_write import atomic_folder, check_free_space, write_file
 from miniphi.checkpoint.formats import Format
 from miniphi.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from miniphi.checkpoint.stored import TensorSource
@@ -35,8 +35,8 @@ def save_safetensors(
     """Write a model as a folder that Hugging Face tools and `open_checkpoint` read. It appears complete or not at all.
 
     `extra_files` maps names to contents or to files to copy (tokenizer.json, generation_config.json, ...).
-    Raises CheckpointError if the folder exists and is not empty, a tensor is missing, surplus or has another shape
-    than `config` says, or the disk is full.
+    Raises CheckpointError if a tensor is missing, surplus or has another shape than `config` says; StorageError if the
+    folder exists and is not empty, or the disk is full.
     """
     sources = check_sources(config, tensors)
     for name, source in sources.items():

@@ -1,6 +1,8 @@
 """The conversation of `miniphi chat`: its messages, its commands, and an answer that Ctrl-C can stop."""
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,17 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatSession"]
 
-HELP = """\
-/system TEXT   give the model instructions; without TEXT, take them away
-/reset         forget the conversation (the instructions stay)
-/save FILE     write the conversation to a JSON file
-/load FILE     go on with a conversation from such a file
-/stats         speed and tokens of the last answer
-/help          this list
-/quit          leave (Ctrl-D does too)
-
-Ctrl-C stops an answer; what was written stays in the conversation.
-For several lines press Alt-Enter, or end a line with \\, or put the text between two lines of \"\"\"."""
+HELP = (
+    ("/system TEXT", "give the model instructions; without TEXT, take them away"),
+    ("/reset", "forget the conversation (the instructions stay)"),
+    ("/save FILE", "write the conversation to a JSON file"),
+    ("/load FILE", "go on with a conversation from such a file"),
+    ("/stats", "speed and tokens of the last answer"),
+    ("/help", "this list"),
+    ("/quit", "leave (Ctrl-D does too)"),
+)
+HINTS = (
+    "Ctrl-C stops an answer; what was written stays in the conversation.",
+    'For several lines press Alt-Enter, or end a line with \\, or put the text between two lines of """.',
+)
 
 
 class ChatSession:
@@ -47,7 +51,7 @@ class ChatSession:
             "/save": self._save,
             "/load": self._load,
             "/stats": self._stats,
-            "/help": lambda _: notice(HELP),
+            "/help": lambda _: notice(_help()),
         }
 
     def run(self, read_line: LineReader) -> int:
@@ -168,6 +172,15 @@ class ChatSession:
             f"answer               {usage.completion_tokens} tokens, {_rate(timings.completion_tokens_per_s)}\n"
             f"context              {usage.total_tokens:,} of {self._llm.context:,} tokens"
         )
+
+
+def _help() -> str:
+    """Return the list of commands, wrapped between words to the terminal's width."""
+    width = max(30, shutil.get_terminal_size().columns - 1)
+    commands = [
+        textwrap.fill(text, width, initial_indent=f"{name:15}", subsequent_indent=" " * 15) for name, text in HELP
+    ]
+    return "\n".join([*commands, "", *(textwrap.fill(hint, width) for hint in HINTS)])
 
 
 def _rate(tokens_per_s: float | None) -> str:

@@ -1,12 +1,11 @@
 """A chat's messages on disk: one JSON file, written whole or not at all, checked when it is read."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from miniphi.atomic_write import atomic_file
 from miniphi.errors import InvalidRequestError
 
 __all__ = ["load_conversation", "save_conversation"]
@@ -16,19 +15,14 @@ VERSION = 1
 
 
 def save_conversation(path: Path, model: str, messages: Sequence[dict[str, str]]) -> None:
-    """Write the conversation to `path`; the file that was there stays as it was if anything fails."""
+    """Write the conversation to `path`; the file that was there stays as it was if anything fails.
+
+    Raises StorageError if it cannot be written.
+    """
     document = {"format": FORMAT, "version": VERSION, "model": model, "messages": list(messages)}
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path, overwrite=True) as file:
+        file.write(text.encode())
 
 
 def load_conversation(path: Path) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miniphi.checkpoint import StoredTensor, TensorSource
 from miniphi.config import ModelConfig
@@ -21,8 +22,8 @@ from miniphi.kernels import Kind, MachineLimits, measure_machine
 
 __all__ = ["LazyTensors", "SpeedReport", "measure_decode", "measure_prefill", "measure_speed"]
 
-FIRST_TOKEN_ID = 10
-"""Token ids of measurements start here; which tokens they are does not matter."""
+NUM_TOKEN_IDS = 200
+"""Measurements go round through the first token ids (fewer in a smaller vocabulary); which they are does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def measure_decode(program: Program, depth: int, num_tokens: int, streams: int =
     for step in range(num_tokens):
         program.run(
             Batch(
-                token_ids=np.full(streams, FIRST_TOKEN_ID + step, np.int32),
+                token_ids=np.full(streams, _token_ids(program, step, 1)[0], np.int32),
                 positions=np.full(streams, depth + step, np.int32),
                 query_starts=np.arange(streams + 1, dtype=np.int32),
                 context_lens=np.full(streams, depth + step + 1, np.int32),
@@ -161,6 +162,10 @@ def _blocks(num_tokens: int) -> int:
     return -(-num_tokens // KV_BLOCK_SIZE)
 
 
+def _token_ids(program: Program, start: int, count: int) -> NDArray[np.int32]:
+    return (np.arange(start, start + count) % min(NUM_TOKEN_IDS, program.config.vocab_size)).astype(np.int32)
+
+
 def _prefill(program: Program, num_tokens: int, sequence: int, blocks: int) -> None:
     table = np.arange(sequence * blocks, (sequence + 1) * blocks, dtype=np.int32)[None]
     for start in range(0, num_tokens, program.max_batch_tokens):
@@ -168,7 +173,7 @@ def _prefill(program: Program, num_tokens: int, sequence: int, blocks: int) -> N
         count = stop - start
         program.run(
             Batch(
-                token_ids=(FIRST_TOKEN_ID + np.arange(count) % 200).astype(np.int32),
+                token_ids=_token_ids(program, start, count),
                 positions=np.arange(start, stop, dtype=np.int32),
                 query_starts=np.array([0, count], np.int32),
                 context_lens=np.array([stop], np.int32),

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from miniphi.checkpoint.atomic_write import atomic_file, atomic_folder, check_free_space, write_file
-from miniphi.errors import CheckpointError
+from miniphi.atomic_write import atomic_file, atomic_folder, check_free_space, write_file
+from miniphi.errors import StorageError
 
 
 def test_a_file_appears_complete(tmp_path: Path) -> None:
@@ -45,19 +45,19 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with atomic_folder(target) as folder:
         write_file(folder / "a", b"1")
     assert (target / "a").read_bytes() == b"1"
-    with pytest.raises(CheckpointError, match="not an empty folder"), atomic_folder(target):
+    with pytest.raises(StorageError, match="not an empty folder"), atomic_folder(target):
         pass
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written"), atomic_file(tmp_path / "no" / "x", overwrite=False):
+    with pytest.raises(StorageError, match="cannot be written"), atomic_file(tmp_path / "no" / "x", overwrite=False):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
+    with pytest.raises(StorageError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
         pass
 
 
 def test_free_space_is_checked(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"needs 1000000000\.00 GB of free disk space, found"):
+    with pytest.raises(StorageError, match=r"needs 1000000000\.00 GB of free disk space, found"):
         check_free_space(tmp_path, 10**18)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from miniphi.errors import CheckpointError
+from miniphi.errors import StorageError
 
 __all__ = ["atomic_file", "atomic_folder", "check_free_space", "write_file"]
 
@@ -22,10 +22,10 @@ __all__ = ["atomic_file", "atomic_folder", "check_free_space", "write_file"]
 def atomic_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Yield a file that takes the name `path` when the block ends well, and vanishes on any error or Ctrl-C.
 
-    Raises CheckpointError if `path` exists (unless overwrite), or cannot be written.
+    Raises StorageError if `path` exists (unless overwrite), or cannot be written.
     """
     if path.exists() and not overwrite:
-        raise CheckpointError(f"{path}: exists already; choose another name, or allow overwriting")
+        raise StorageError(f"{path}: exists already; choose another name, or allow overwriting")
     temporary = _temporary_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -44,10 +44,10 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that takes the name `path` when the block ends well, and vanishes on any error or Ctrl-C.
 
-    Raises CheckpointError if `path` exists and is not an empty folder, or cannot be written.
+    Raises StorageError if `path` exists and is not an empty folder, or cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists already and is not an empty folder; choose another name")
+        raise StorageError(f"{path}: exists already and is not an empty folder; choose another name")
     temporary = _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +71,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Raise CheckpointError if the disk of `folder` cannot take `num_bytes` more."""
+    """Raise StorageError if the disk of `folder` cannot take `num_bytes` more."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
     if free < num_bytes:
-        raise CheckpointError(f"{folder}: needs {_gigabytes(num_bytes)} of free disk space, found {_gigabytes(free)}")
+        raise StorageError(f"{folder}: needs {_gigabytes(num_bytes)} of free disk space, found {_gigabytes(free)}")
 
 
 def _temporary_name(path: Path) -> Path:
@@ -94,10 +94,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_error(path: Path, error: OSError) -> CheckpointError:
+def _write_error(path: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(f"{path}: the disk is full; nothing was left behind. Free some space and try again")
-    return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
+        return StorageError(f"{path}: the disk is full; nothing was left behind. Free some space and try again")
+    return StorageError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def _gigabytes(num_bytes: int) -> str:
