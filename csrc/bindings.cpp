@@ -50,7 +50,7 @@ nb::object new_array(std::vector<size_t> shape, T** data) {
 std::unique_ptr<PackedMatrix> pack(Packer& packer, int kind_number, ConstArray<uint8_t, 2> stored, size_t depth,
                                    std::optional<ConstArray<int32_t, 1>> row_order) {
     const Kind kind = checked_kind(kind_number);
-    const size_t rows = stored.shape(0), unit = is_quantized(kind) ? (layout_of(kind).super_bytes ? 256 : 32) : 1;
+    const size_t rows = stored.shape(0), unit = is_quantized(kind) ? (layout_of(kind).super_bytes ? 256 : layout_of(kind).group) : 1;
     require(rows > 0 && depth > 0, "a matrix needs rows and columns, got " + text(rows) + " x " + text(depth));
     require(depth % unit == 0, "rows of " + text(depth) + " values are not whole blocks of " + text(unit));
     require(stored.shape(1) == stored_row_bytes(kind, depth),
@@ -90,6 +90,7 @@ nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<f
     ThreadPool pool(num_threads);
     WorkQueue work(1, num_threads);
     Matmul engine(ops, 2 * x.shape(0), x.shape(1));
+    for (const PackedMatrix* matrix : matrices) engine.prepare(*matrix);
     const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false, fine};
     pool.run([&](int thread) {
         engine.quantize(call, thread, num_threads);

@@ -1,12 +1,12 @@
 // Formats of packed weights and quantised activations. Plain data only: every instruction-set file includes this.
 //
 // A packed matrix is a row of *column blocks*: 32 output rows of W (32 columns of the product), all of K.
-// A quantised block is a stream of K-groups of 32; inside a group the 32 x 32 codes are interleaved for
-// 4-way int8 dot products: vector s (64 bytes) of half h holds, for its 16 rows n, the 4 codes k = 4s .. 4s+3
-// at bytes 4n .. 4n+3. Step s = 0..7 covers the group.
+// A quantised block is a stream of K-groups of 32 (NL4: of 64); inside a group the codes of its 32 rows are interleaved
+// for 4-way int8 dot products: vector s (64 bytes) of half h holds, for its 16 rows n, the 4 codes k = 4s .. 4s+3
+// at bytes 4n .. 4n+3. Steps s = 0..7 (0..15) cover the group.
 //
-//   low plane   4-, 5-, 6-bit codes: for j = 0..3, h = 0..1 one vector; low nibble step 2j, high nibble step 2j+1
-//               8-bit codes: for s = 0..7, h = 0..1 one vector of code + 128
+//   low plane   4-, 5-, 6-bit codes: for j = s / 2, h = 0..1 one vector; low nibble step 2j, high nibble step 2j+1
+//               8-bit codes: for every s, h = 0..1 one vector of code + 128
 //   high plane  5 bits: for h = 0..1 one vector, bit s of a byte belongs to step s
 //               6 bits: for h = 0..1, i = 0..1 one vector, bits 2(s-4i) and +1 belong to step s
 //   scales      see Scale below
@@ -20,14 +20,15 @@
 namespace miniphi {
 
 constexpr size_t kBlockColumns = 32;   // output rows of W in one block
-constexpr size_t kGroup = 32;          // values that share an activation scale
+constexpr size_t kGroup = 32;          // values that share an activation scale, where the format has no other group
+constexpr size_t kWideGroup = 64;
 constexpr size_t kSuperGroups = 8;     // groups in a K-quant superblock of 256
 constexpr int kMaxTileRows = 6;        // rows of a quantised tile: 12 int32 and 12 float accumulators fit 32 registers
 constexpr int kMaxPanelRows = 8;
 
-// The order is that of kernels/__init__.py::Kind.
-enum class Kind : int { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
-constexpr int kNumKinds = 11;
+// The order is that of kernels/__init__.py::Kind. NL4 is ours: the codes of IQ4_NL in groups of 64.
+enum class Kind : int { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, NL4 };
+constexpr int kNumKinds = 13;
 constexpr bool is_quantized(Kind kind) { return kind >= Kind::Q8_0; }
 
 enum class Scale {
@@ -37,25 +38,37 @@ enum class Scale {
     SuperHalf,   // per 8 groups first: f16 d[32]; per group: i8 s[2][32], one per 16 codes.      w = d s (q - zero)
 };
 
+// What the codes of IQ4_NL and NL4 stand for: denser around zero, as weights are.
+constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 struct Layout {
     int bits;
     Scale scale;
-    int zero;             // zero point of the stored code, 0 where the format has a minimum
-    size_t group_bytes;   // codes and scales of one group, 32 rows
-    size_t super_bytes;   // what comes once per 8 groups
+    int zero;                // zero point of the value multiplied, 0 where the format has a minimum
+    size_t group_bytes;      // codes and scales of one group, 32 rows
+    size_t super_bytes = 0;  // what comes once per 8 groups
+    size_t group = kGroup;
+    bool non_linear = false; // a code is an index into kNonLinear; multiplied as kNonLinear[code] + 128
+
+    constexpr size_t code_bytes() const {
+        return bits == 8 ? group * kBlockColumns : group * kBlockColumns / 2 + size_t(bits - 4) * 128;
+    }
+    constexpr int steps() const { return int(group) / 4; }
 };
 
 constexpr Layout layout_of(Kind kind) {
     switch (kind) {
-        case Kind::Q8_0: return {8, Scale::Symmetric, 128, 1024 + 64, 0};
-        case Kind::Q4_0: return {4, Scale::Symmetric, 8, 512 + 64, 0};
-        case Kind::Q4_1: return {4, Scale::Minimum, 0, 512 + 128, 0};
-        case Kind::Q5_0: return {5, Scale::Symmetric, 16, 512 + 128 + 64, 0};
-        case Kind::Q5_1: return {5, Scale::Minimum, 0, 512 + 128 + 128, 0};
+        case Kind::Q8_0: return {8, Scale::Symmetric, 128, 1024 + 64};
+        case Kind::Q4_0: return {4, Scale::Symmetric, 8, 512 + 64};
+        case Kind::Q4_1: return {4, Scale::Minimum, 0, 512 + 128};
+        case Kind::Q5_0: return {5, Scale::Symmetric, 16, 512 + 128 + 64};
+        case Kind::Q5_1: return {5, Scale::Minimum, 0, 512 + 128 + 128};
         case Kind::Q4_K: return {4, Scale::Super, 0, 512 + 64, 128};
         case Kind::Q5_K: return {5, Scale::Super, 0, 512 + 128 + 64, 128};
         case Kind::Q6_K: return {6, Scale::SuperHalf, 32, 512 + 256 + 64, 64};
-        default: return {0, Scale::Symmetric, 0, 0, 0};
+        case Kind::IQ4_NL: return {4, Scale::Symmetric, 128, 512 + 64, 0, kGroup, true};
+        case Kind::NL4: return {4, Scale::Symmetric, 128, 1024 + 64, 0, kWideGroup, true};
+        default: return {0, Scale::Symmetric, 0, 0};
     }
 }
 
@@ -65,19 +78,18 @@ constexpr size_t float_bytes(Kind kind) { return kind == Kind::F32 ? 4 : 2; }
 constexpr size_t block_bytes(Kind kind, size_t depth) {
     if (!is_quantized(kind)) return depth * kBlockColumns * float_bytes(kind);
     const Layout layout = layout_of(kind);
-    const size_t groups = depth / kGroup;
+    const size_t groups = depth / layout.group;
     return groups * layout.group_bytes + (layout.super_bytes ? groups / kSuperGroups * layout.super_bytes : 0);
 }
 
-// Activations of one matmul: x[row][k] is about q[row][k] * scale[row][k / 32].
+// Activations of one matmul: x[row][k] is about q[row][k] * scale[row][k / group], in the groups of the weights.
 struct QuantRows {
     const int8_t* q;             // [rows][q_stride]
-    const float* scale;          // [rows][groups]
+    const float* scale;          // [rows][scale_stride]
     const int32_t* correction;   // [rows][correction_stride]: -zero * sum(q), per group, or per half group for Q6_K
-    const float* scaled_sum;     // [rows][groups]: scale * sum(q), what a minimum is multiplied with
-    size_t q_stride;
-    size_t groups;
-    size_t correction_stride;
+    const float* scaled_sum;     // [rows][scale_stride]: scale * sum(q), what a minimum is multiplied with
+    size_t q_stride, scale_stride, correction_stride;
+    size_t groups;               // that a product runs over
 };
 
 }  // namespace miniphi

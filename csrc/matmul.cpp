@@ -69,89 +69,128 @@ std::unique_ptr<PackedMatrix> Packer::pack(Kind kind, const uint8_t* stored, siz
     return matrix;
 }
 
-Matmul::Matmul(const Ops& ops, size_t max_rows, size_t max_depth)
-    : ops_(ops),
-      q_stride_((max_depth + 63) / 64 * 64 + 64),   // an odd number of lines: rows do not share cache sets
-      groups_((max_depth + kGroup - 1) / kGroup),
-      q_(max_rows * q_stride_),
-      scale_(max_rows * groups_),
-      scaled_sum_(max_rows * groups_) {
-    for (int zero = 0; zero < kNumZeros; zero++) correction_[zero].resize(max_rows * groups_ * (zero == 3 ? 2 : 1));
+void Matmul::prepare(const PackedMatrix& matrix) {
+    if (!is_quantized(matrix.kind)) return;
+    Activations& a = activations_of(matrix.kind);
+    if (a.group == 0) {
+        a.group = layout_of(matrix.kind).group;
+        a.q_stride = (max_depth_ + 63) / 64 * 64 + 64;   // an odd number of lines: rows do not share cache sets
+        a.q.resize(max_rows_ * a.q_stride);
+        const size_t groups = (max_depth_ + a.group - 1) / a.group;
+        a.scale.resize(max_rows_ * groups);
+        a.scaled_sum.resize(max_rows_ * groups);
+    }
+    const int zero = zero_index(matrix.kind);
+    if (zero >= 0) a.correction[zero].resize(a.scale.size() * (zero == 3 ? 2 : 1));
 }
 
 QuantRows Matmul::rows_for(const PackedMatrix& matrix) const {
-    const size_t groups = matrix.depth / kGroup;
+    const Activations& a = activations_of(matrix.kind);
+    const size_t groups = matrix.depth / a.group;
     const int zero = zero_index(matrix.kind);
-    const std::vector<int32_t>& correction = correction_[std::max(zero, 0)];
-    return {q_.data(), scale_.data(), correction.data(), scaled_sum_.data(), q_stride_, groups, groups * (zero == 3 ? 2 : 1)};
+    return {a.q.data(), a.scale.data(), a.correction[std::max(zero, 0)].data(), a.scaled_sum.data(), a.q_stride, groups,
+            groups * (zero == 3 ? 2 : 1), groups};
 }
 
 void Matmul::quantize(const Call& call, int thread, int num_threads) {
-    bool any = false, needs[kNumZeros] = {};
-    for (const PackedMatrix* matrix : call.matrices) {
-        if (!is_quantized(matrix->kind)) continue;
-        any = true;
-        if (zero_index(matrix->kind) >= 0) needs[zero_index(matrix->kind)] = true;
+    for (Activations& to : activations_) {
+        bool any = false, needs[kNumZeros] = {};
+        for (const PackedMatrix* matrix : call.matrices) {
+            if (!is_quantized(matrix->kind) || &activations_of(matrix->kind) != &to) continue;
+            any = true;
+            if (zero_index(matrix->kind) >= 0) needs[zero_index(matrix->kind)] = true;
+        }
+        if (any) quantize_rows(call, to, needs, thread, num_threads);
     }
-    if (!any) return;
-    const size_t depth = call.matrices[0]->depth, planes = call.fine ? 2 : 1;
+}
+
+void Matmul::quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const {
+    const size_t depth = call.matrices[0]->depth, planes = call.fine ? 2 : 1, groups = depth / to.group;
     std::vector<int32_t> sums(depth / 16);
     std::vector<float> rest(call.fine ? depth : 0);
     for (size_t row = call.num_rows * thread / num_threads; row < call.num_rows * (thread + 1) / num_threads; row++) {
         const float* x = call.x + row * call.x_stride;
-        quantize_plane(needs, x, depth, planes * row, sums.data());
+        quantize_plane(to, needs, x, depth, planes * row, sums.data());
         if (!call.fine) continue;
-        const int8_t* q = q_.data() + planes * row * q_stride_;
-        const float* scale = scale_.data() + planes * row * (depth / kGroup);
-        for (size_t k = 0; k < depth; k++) rest[k] = x[k] - float(q[k]) * scale[k / kGroup];
-        quantize_plane(needs, rest.data(), depth, planes * row + 1, sums.data());
+        const int8_t* q = to.q.data() + planes * row * to.q_stride;
+        const float* scale = to.scale.data() + planes * row * groups;
+        for (size_t k = 0; k < depth; k++) rest[k] = x[k] - float(q[k]) * scale[k / to.group];
+        quantize_plane(to, needs, rest.data(), depth, planes * row + 1, sums.data());
     }
 }
 
-void Matmul::quantize_plane(const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) {
-    const size_t groups = depth / kGroup;
-    float *scale = scale_.data() + row * groups, *scaled_sum = scaled_sum_.data() + row * groups;
-    ops_.quantize_row(x, depth, q_.data() + row * q_stride_, scale, sums);
-    for (size_t g = 0; g < groups; g++) scaled_sum[g] = scale[g] * float(sums[2 * g] + sums[2 * g + 1]);
+void Matmul::quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const {
+    const size_t groups = depth / to.group, parts = to.group / 16;
+    float *scale = to.scale.data() + row * groups, *scaled_sum = to.scaled_sum.data() + row * groups;
+    ops_.quantize_row(x, depth, to.group, to.q.data() + row * to.q_stride, scale, sums);
+    if (needs[3])
+        for (size_t g = 0; g < 2 * groups; g++) to.correction[3][row * 2 * groups + g] = -32 * sums[g];
+    for (size_t g = 0; g < groups; g++) {
+        int32_t sum = 0;
+        for (size_t i = 0; i < parts; i++) sum += sums[parts * g + i];
+        scaled_sum[g] = scale[g] * float(sum);
+        sums[g] = sum;
+    }
     constexpr int zeros[3] = {8, 16, 128};
     for (int zero = 0; zero < 3; zero++) {
         if (!needs[zero]) continue;
-        int32_t* correction = correction_[zero].data() + row * groups;
-        for (size_t g = 0; g < groups; g++) correction[g] = -zeros[zero] * (sums[2 * g] + sums[2 * g + 1]);
+        int32_t* correction = to.correction[zero].data() + row * groups;
+        for (size_t g = 0; g < groups; g++) correction[g] = -zeros[zero] * sums[g];
     }
-    if (needs[3])
-        for (size_t g = 0; g < 2 * groups; g++) correction_[3][row * 2 * groups + g] = -32 * sums[g];
 }
 
-void Matmul::multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const {
+// The tiles of a block share out the lines of what comes next, so that memory is never idle: every num_tiles-th bit.
+// One row alone is all memory, and the hardware's own prefetching serves it best.
+static uint32_t prefetch_lines(size_t num_tiles, size_t tile) {
+    uint32_t lines = 0;
+    for (size_t line = tile; line < 32; line += num_tiles) lines |= 1u << line;
+    return lines;
+}
+
+void Matmul::multiply_tiles(const Call& call, const PackedMatrix& matrix, const uint8_t* block, float* y) const {
+    const QuantRows a = rows_for(matrix);
+    const size_t num_tiles = (call.num_rows + kMaxTileRows - 1) / kMaxTileRows;
+    for (size_t tile = 0; tile < num_tiles; tile++) {
+        const size_t row = call.num_rows * tile / num_tiles, rows = call.num_rows * (tile + 1) / num_tiles - row;
+        const Prefetch prefetch{block + block_bytes(matrix.kind, matrix.depth), call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
+        ops_.tile[int(matrix.kind)](block, prefetch, a, row, int(rows), y + row * call.y_stride, call.y_stride, call.add);
+    }
+}
+
+void Matmul::multiply_edge(const Call& call, const PackedMatrix& matrix, const uint8_t* block, size_t columns, float* y) const {
     const bool quantized = is_quantized(matrix.kind);
     const QuantRows a = quantized ? rows_for(matrix) : QuantRows{};
     const size_t planes = call.fine && quantized ? 2 : 1;
     const size_t limit = quantized ? kMaxTileRows / planes : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
-    const size_t columns = std::min(kBlockColumns, matrix.rows - block * kBlockColumns);
-    const bool direct = columns == kBlockColumns && planes == 1;   // else the tile goes through `edge`
-    const uint8_t* weights = matrix.block(block);
-    y += block * kBlockColumns;
     float edge[kMaxPanelRows * kBlockColumns];
     for (size_t tile = 0; tile < num_tiles; tile++) {
         const size_t row = call.num_rows * tile / num_tiles, rows = call.num_rows * (tile + 1) / num_tiles - row;
-        float *out = y + row * call.y_stride, *target = direct ? out : edge;
-        const size_t stride = direct ? call.y_stride : kBlockColumns;
         if (quantized) {
-            ops_.tile[int(matrix.kind)](weights, a, planes * row, int(planes * rows), target, stride, direct && call.add);
+            const Prefetch prefetch{block + block_bytes(matrix.kind, matrix.depth), prefetch_lines(num_tiles, tile)};
+            ops_.tile[int(matrix.kind)](block, prefetch, a, planes * row, int(planes * rows), edge, kBlockColumns, false);
         } else {
-            ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(rows), weights, matrix.depth,
-                                         target, stride, direct && call.add);
+            ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(rows), block, matrix.depth, edge,
+                                         kBlockColumns, false);
         }
-        if (direct) continue;
         for (size_t i = 0; i < rows; i++)
             for (size_t n = 0; n < columns; n++) {
                 const float* from = edge + planes * i * kBlockColumns + n;
                 const float sum = planes == 2 ? from[0] + from[kBlockColumns] : from[0];
-                float& value = out[i * call.y_stride + n];
+                float& value = y[(row + i) * call.y_stride + n];
                 value = call.add ? value + sum : sum;
             }
     }
+}
+
+void Matmul::multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const {
+    const size_t columns = std::min(kBlockColumns, matrix.rows - block * kBlockColumns);
+    const uint8_t* weights = matrix.block(block);
+    y += block * kBlockColumns;
+    if (columns < kBlockColumns || call.fine) return multiply_edge(call, matrix, weights, columns, y);
+    if (is_quantized(matrix.kind)) return multiply_tiles(call, matrix, weights, y);
+    for (size_t row = 0; row < call.num_rows; row += kMaxPanelRows)
+        ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(std::min<size_t>(kMaxPanelRows, call.num_rows - row)),
+                                     weights, matrix.depth, y + row * call.y_stride, call.y_stride, call.add);
 }
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {

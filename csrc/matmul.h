@@ -1,6 +1,6 @@
 // y[rows][N] (+)= x[rows][K] W^T for packed matrices, several of them side by side in y's columns.
 //
-// Phase one quantises x (int8, groups of 32 values) once for all matrices; phase two hands out column blocks.
+// Phase one quantises x to int8 once for all matrices that share a group size; phase two hands out column blocks.
 // A block's weights stream from memory once and stay in the level-two cache while every tile of rows passes.
 //
 // A *fine* product gives x two int8 planes, q1 s1 + q2 s2, the second holding what the first left over: an error of
@@ -57,7 +57,9 @@ private:
 class Matmul {
 public:
     // Scratch for at most max_rows planes of at most max_depth values.
-    Matmul(const Ops& ops, size_t max_rows, size_t max_depth);
+    Matmul(const Ops& ops, size_t max_rows, size_t max_depth) : ops_(ops), max_rows_(max_rows), max_depth_(max_depth) {}
+    // Make room for the activations that this matrix is multiplied with; once, before the first call that has it.
+    void prepare(const PackedMatrix& matrix);
 
     struct Call {
         const std::vector<const PackedMatrix*>& matrices;
@@ -71,16 +73,25 @@ public:
     void multiply(const Call& call, size_t queue, int thread, WorkQueue& work);
 
 private:
+    static constexpr int kNumZeros = 4;   // 8, 16, 128 per group; 32 per half group
+    struct Activations {                  // of one group size
+        size_t group = 0, q_stride = 0;
+        std::vector<int8_t> q;
+        std::vector<float> scale, scaled_sum;
+        std::vector<int32_t> correction[kNumZeros];
+    };
+    Activations& activations_of(Kind kind) { return activations_[layout_of(kind).group == kWideGroup]; }
+    const Activations& activations_of(Kind kind) const { return activations_[layout_of(kind).group == kWideGroup]; }
     QuantRows rows_for(const PackedMatrix& matrix) const;
-    void quantize_plane(const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums);
+    void quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const;
+    void quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const;
+    void multiply_tiles(const Call& call, const PackedMatrix& matrix, const uint8_t* block, float* y) const;
+    void multiply_edge(const Call& call, const PackedMatrix& matrix, const uint8_t* block, size_t columns, float* y) const;
     void multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const;
 
-    static constexpr int kNumZeros = 4;   // 8, 16, 128 per group; 32 per half group
     const Ops& ops_;
-    size_t q_stride_, groups_;
-    std::vector<int8_t> q_;
-    std::vector<float> scale_, scaled_sum_;
-    std::vector<int32_t> correction_[kNumZeros];
+    const size_t max_rows_, max_depth_;
+    Activations activations_[2];          // groups of 32, of 64
 };
 
 }  // namespace miniphi

@@ -7,11 +7,16 @@
 
 namespace miniphi {
 
-// y[row + i][0..32) (+)= dequantised block x activations, i < num_rows <= kMaxTileRows.
-using TileFn = void (*)(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
-                        bool add);
+// y[row + i][0..32) (+)= dequantised block x activations, i < num_rows <= kMaxTileRows; sums that add start from y.
+// Meanwhile what comes next is brought to the level-two cache: of each group those 64-byte lines whose bits are set.
+struct Prefetch {
+    const uint8_t* next;
+    uint32_t lines;
+};
+using TileFn = void (*)(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y,
+                        size_t y_stride, bool add);
 
-// c[i][0..32) (+)= sum_k a[i][k] * panel[k][0..32), i < num_rows <= kMaxPanelRows.
+// c[i][0..32) (+)= sum_k a[i][k] * panel[k][0..32), i < num_rows <= kMaxPanelRows; sums that add start from c.
 using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const void* panel, size_t depth, float* c,
                          size_t c_stride, bool add);
 
@@ -20,8 +25,8 @@ struct Ops {
     TileFn tile[kNumKinds];       // quantised kinds only
     PanelFn panel[3];             // F32, F16, BF16
     PanelFn panel_i8;
-    // q[k], scale[k/32], sum16[k/16] of one row; k is a multiple of 32. scale = max|x| / 127 per group.
-    void (*quantize_row)(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16);
+    // q[k], scale[k/group], sum16[k/16] of one row; k is a multiple of group, 32 or 64. scale = max|x| / 127 per group.
+    void (*quantize_row)(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16);
     // One scale for n values, n a multiple of 16.
     float (*quantize_vector)(const float* x, size_t n, int8_t* q);
     void (*to_f16)(const float* x, size_t n, uint16_t* y);   // n a multiple of 16; saturates at +-65504

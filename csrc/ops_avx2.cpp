@@ -3,7 +3,7 @@
 // tile      as in ops_avx512.cpp, one half of a block (16 columns) and up to three rows at a time: sixteen registers
 //           hold no more. VPMADDUBSW multiplies u8 codes with s8 activations into saturating 16-bit pairs; codes of
 //           4, 5, 6 bits may add 8, 4, 2 of them before 16 bits overflow (15 * 127 * 2 * 8 = 30480). Codes of 8 bits
-//           are made signed and their sign moved to the activations: 128 * 127 * 2 = 32512 still fits.
+//           and non-linear ones are signed and their sign moves to the activations: 128 * 127 * 2 = 32512 still fits.
 #include <immintrin.h>
 
 #include "ops.h"
@@ -23,15 +23,21 @@ INLINE __m256 small_signed(const void* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
 
+// Codes of 8 bits and what non-linear codes stand for are multiplied as signed values, without a zero point.
+constexpr bool is_signed(Kind kind) { return layout_of(kind).bits == 8 || layout_of(kind).non_linear; }
+
 // Codes of step kStep for the 8 rows at vector offset `lane` (0 or 32 bytes) of half `half`.
-template <int kBits, int kStep>
+template <Kind kKind, int kStep>
 INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
+    constexpr int kBits = layout_of(kKind).bits;
     if constexpr (kBits == 8) {
         return _mm256_xor_si256(load(w + (2 * kStep + half) * 64 + lane), _mm256_set1_epi8(char(0x80)));
     } else {
         __m256i v = load(w + (2 * (kStep / 2) + half) * 64 + lane);
         if constexpr (kStep % 2) v = _mm256_srli_epi16(v, 4);
         v = _mm256_and_si256(v, _mm256_set1_epi8(15));
+        if constexpr (layout_of(kKind).non_linear)
+            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), v);
         if constexpr (kBits > 4) {
             constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
             __m256i high = load(w + 512 + half * (kBits - 4) * 64 + (kBits == 6 ? kStep / 4 * 64 : 0) + lane);
@@ -43,47 +49,47 @@ INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
     }
 }
 
-template <int kBits, int kRows, int kFirst, int kCount>
+template <Kind kKind, int kRows, int kFirst, int kCount>
 INLINE void multiply_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*pairs)[2]) {
     if constexpr (kCount > 0) {
-        const __m256i c[2] = {codes_of<kBits, kFirst>(w, half, 0), codes_of<kBits, kFirst>(w, half, 32)};
+        const __m256i c[2] = {codes_of<kKind, kFirst>(w, half, 0), codes_of<kKind, kFirst>(w, half, 32)};
         UNROLL for (int m = 0; m < kRows; m++) {
             int32_t four;
             __builtin_memcpy(&four, q[m] + k + 4 * kFirst, 4);
             const __m256i a = _mm256_set1_epi32(four);
             UNROLL for (int v = 0; v < 2; v++) {
                 __m256i product;
-                if constexpr (kBits == 8) product = _mm256_maddubs_epi16(_mm256_abs_epi8(c[v]), _mm256_sign_epi8(a, c[v]));
+                if constexpr (is_signed(kKind)) product = _mm256_maddubs_epi16(_mm256_abs_epi8(c[v]), _mm256_sign_epi8(a, c[v]));
                 else product = _mm256_maddubs_epi16(c[v], a);
                 pairs[m][v] = _mm256_add_epi16(pairs[m][v], product);
             }
         }
-        multiply_steps<kBits, kRows, kFirst + 1, kCount - 1>(w, half, q, k, pairs);
+        multiply_steps<kKind, kRows, kFirst + 1, kCount - 1>(w, half, q, k, pairs);
     }
 }
 
 // dot += products of steps [kFirst, kLast), widened to 32 bits as often as the code width demands.
-template <int kBits, int kRows, int kFirst, int kLast>
+template <Kind kKind, int kRows, int kFirst, int kLast>
 INLINE void dot_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*dot)[2]) {
     if constexpr (kFirst < kLast) {
-        constexpr int safe = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+        constexpr int kBits = layout_of(kKind).bits;
+        constexpr int safe = is_signed(kKind) ? 1 : kBits == 4 ? 8 : kBits == 5 ? 4 : 2;
         constexpr int count = safe < kLast - kFirst ? safe : kLast - kFirst;
         __m256i pairs[kRows][2];
         UNROLL for (int m = 0; m < kRows; m++) pairs[m][0] = pairs[m][1] = _mm256_setzero_si256();
-        multiply_steps<kBits, kRows, kFirst, count>(w, half, q, k, pairs);
+        multiply_steps<kKind, kRows, kFirst, count>(w, half, q, k, pairs);
         UNROLL for (int m = 0; m < kRows; m++) {
             UNROLL for (int v = 0; v < 2; v++)
                 dot[m][v] = _mm256_add_epi32(dot[m][v], _mm256_madd_epi16(pairs[m][v], _mm256_set1_epi16(1)));
         }
-        dot_steps<kBits, kRows, kFirst + count, kLast>(w, half, q, k, dot);
+        dot_steps<kKind, kRows, kFirst + count, kLast>(w, half, q, k, dot);
     }
 }
 
 template <Kind kKind, int kRows>
-INLINE void tile_half(const uint8_t* w, int half, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+INLINE void tile_half(const uint8_t* w, Prefetch prefetch, int half, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
-    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8;   // 8-bit codes are made signed instead
+    constexpr bool has_zero = layout.zero != 0 && !is_signed(kKind);
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
     const int8_t* q[kRows];
     const float *scale[kRows], *scaled_sum[kRows];
@@ -91,29 +97,33 @@ INLINE void tile_half(const uint8_t* w, int half, const QuantRows& a, size_t row
     __m256 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
         q[m] = a.q + (row + m) * a.q_stride;
-        scale[m] = a.scale + (row + m) * a.groups;
-        scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        scale[m] = a.scale + (row + m) * a.scale_stride;
+        scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         correction[m] = a.correction + (row + m) * a.correction_stride;
-        sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+        UNROLL for (int v = 0; v < 2; v++)
+            sum[m][v] = add ? _mm256_loadu_ps(y + m * y_stride + 16 * half + 8 * v) : _mm256_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
+        for (size_t i = 0; i < layout.group_bytes / 64; i++)
+            if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
+        prefetch.next += layout.group_bytes;
         if constexpr (layout.super_bytes > 0) {
             if (g % kSuperGroups == 0) {
                 super = w;
                 w += layout.super_bytes;
             }
         }
-        const uint8_t* scales = w + code_bytes;
+        const uint8_t* scales = w + layout.code_bytes();
         UNROLL for (int part = 0; part < parts; part++) {
             __m256i dot[kRows][2];
             UNROLL for (int m = 0; m < kRows; m++)
                 dot[m][0] = dot[m][1] = has_zero ? _mm256_set1_epi32(correction[m][g * parts + part]) : _mm256_setzero_si256();
             if constexpr (parts == 1) {
-                dot_steps<layout.bits, kRows, 0, 8>(w, half, q, g * kGroup, dot);
+                dot_steps<kKind, kRows, 0, layout.steps()>(w, half, q, g * layout.group, dot);
             } else {
-                if (part == 0) dot_steps<layout.bits, kRows, 0, 4>(w, half, q, g * kGroup, dot);
-                else dot_steps<layout.bits, kRows, 4, 8>(w, half, q, g * kGroup, dot);
+                if (part == 0) dot_steps<kKind, kRows, 0, 4>(w, half, q, g * kGroup, dot);
+                else dot_steps<kKind, kRows, 4, 8>(w, half, q, g * kGroup, dot);
             }
             UNROLL for (int v = 0; v < 2; v++) {
                 const int n = 16 * half + 8 * v;
@@ -139,28 +149,27 @@ INLINE void tile_half(const uint8_t* w, int half, const QuantRows& a, size_t row
         w += layout.group_bytes;
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < 2; v++) {
-            float* out = y + m * y_stride + 16 * half + 8 * v;
-            _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), sum[m][v]) : sum[m][v]);
-        }
+        UNROLL for (int v = 0; v < 2; v++) _mm256_storeu_ps(y + m * y_stride + 16 * half + 8 * v, sum[m][v]);
     }
 }
 
 template <Kind kKind, int kRows>
-void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
-    for (int half = 0; half < 2; half++) tile_half<kKind, kRows>(w, half, a, row, y, y_stride, add);
+void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    for (int half = 0; half < 2; half++, prefetch.lines = 0) tile_half<kKind, kRows>(w, prefetch, half, a, row, y, y_stride, add);
 }
 
 template <Kind kKind>
-void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
+          bool add) {
     while (num_rows > 0) {
         const int rows = num_rows >= 5 || num_rows == 3 ? 3 : num_rows >= 2 ? 2 : 1;
-        if (rows == 3) tile_rows<kKind, 3>(block, a, row, y, y_stride, add);
-        else if (rows == 2) tile_rows<kKind, 2>(block, a, row, y, y_stride, add);
-        else tile_rows<kKind, 1>(block, a, row, y, y_stride, add);
+        if (rows == 3) tile_rows<kKind, 3>(block, prefetch, a, row, y, y_stride, add);
+        else if (rows == 2) tile_rows<kKind, 2>(block, prefetch, a, row, y, y_stride, add);
+        else tile_rows<kKind, 1>(block, prefetch, a, row, y, y_stride, add);
         row += rows;
         y += rows * y_stride;
         num_rows -= rows;
+        prefetch.lines = 0;
     }
 }
 
@@ -182,7 +191,10 @@ template <Element kElement, int kRows>
 INLINE void panel_half(const float* a, size_t a_stride, const void* panel, size_t first, size_t depth, float* c,
                        size_t c_stride, bool add) {
     __m256 sum[kRows][2];
-    UNROLL for (int m = 0; m < kRows; m++) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int v = 0; v < 2; v++)
+            sum[m][v] = add ? _mm256_loadu_ps(c + m * c_stride + first + 8 * v) : _mm256_setzero_ps();
+    }
     for (size_t k = 0; k < depth; k++) {
         const __m256 p0 = load_panel<kElement>(panel, k * kBlockColumns + first);
         const __m256 p1 = load_panel<kElement>(panel, k * kBlockColumns + first + 8);
@@ -193,10 +205,7 @@ INLINE void panel_half(const float* a, size_t a_stride, const void* panel, size_
         }
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < 2; v++) {
-            float* out = c + m * c_stride + first + 8 * v;
-            _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), sum[m][v]) : sum[m][v]);
-        }
+        UNROLL for (int v = 0; v < 2; v++) _mm256_storeu_ps(c + m * c_stride + first + 8 * v, sum[m][v]);
     }
 }
 
@@ -258,11 +267,11 @@ float quantize_vector(const float* x, size_t n, int8_t* q) {
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
-        const float max = largest(x, kGroup);
+void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += group / 16) {
+        const float max = largest(x, group);
         const __m256 inverse = _mm256_set1_ps(max > 0 ? 127.0f / max : 0);
-        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+        for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
 }
@@ -383,7 +392,7 @@ const Ops& ops_avx2() {
     static const Ops table = {
         "avx2",
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
-         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         panel<Element::I8>,
         quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,

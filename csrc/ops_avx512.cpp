@@ -24,10 +24,16 @@ INLINE __m512i broadcast4(const int8_t* p) {
     return _mm512_set1_epi32(four);
 }
 
-// Codes of step s for 16 rows, given its nibble vector (already shifted for odd steps) and the group's high plane.
-template <int kBits, int kStep>
-INLINE __m512i with_high_bits(__m512i nibbles, const uint8_t* high_half) {
+// What is multiplied in step s for 16 rows, given its nibble vector (already shifted for odd steps) and the high plane.
+template <Kind kKind, int kStep>
+INLINE __m512i values_of(__m512i nibbles, const uint8_t* high_half) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr int kBits = layout.bits;
     const __m512i low = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+    if constexpr (layout.non_linear) {
+        const __m128i table = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)), _mm_set1_epi8(char(0x80)));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), low);
+    }
     if constexpr (kBits == 4) return low;
     constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
     __m512i high = load(kBits == 5 ? high_half : high_half + kStep / 4 * 64);
@@ -43,8 +49,13 @@ struct Accumulators {
     __m512i v[kSets][kRows][2];
 };
 
-template <int kBits, int kStep, int kRows>
-INLINE void step(const uint8_t* w, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+template <Kind kKind, int kStep, int kRows>
+INLINE void step(const uint8_t* w, Prefetch prefetch, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr int kBits = layout.bits, lines = int(layout.group_bytes) / 64;
+    // Spread over the steps: a burst of prefetches would hold up the loads.
+    for (int i = kStep * lines / layout.steps(); i < (kStep + 1) * lines / layout.steps(); i++)
+        if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
     constexpr int set = kStep % Accumulators<kRows>::kSets;
     __m512i codes[2];
     UNROLL for (int h = 0; h < 2; h++) {
@@ -53,7 +64,7 @@ INLINE void step(const uint8_t* w, const int8_t* const* q, size_t k, Accumulator
         } else {
             __m512i v = load(w + (2 * (kStep / 2) + h) * 64);
             if constexpr (kStep % 2) v = _mm512_srli_epi16(v, 4);
-            codes[h] = with_high_bits<kBits, kStep>(v, w + 512 + h * (kBits - 4) * 64);
+            codes[h] = values_of<kKind, kStep>(v, w + 512 + h * (kBits - 4) * 64);
         }
     }
     UNROLL for (int m = 0; m < kRows; m++) {
@@ -63,11 +74,11 @@ INLINE void step(const uint8_t* w, const int8_t* const* q, size_t k, Accumulator
     }
 }
 
-template <int kBits, int kRows, int kFirst, int kLast>
-INLINE void steps(const uint8_t* w, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+template <Kind kKind, int kRows, int kFirst, int kLast>
+INLINE void steps(const uint8_t* w, Prefetch prefetch, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
-        step<kBits, kFirst, kRows>(w, q, k, acc);
-        steps<kBits, kRows, kFirst + 1, kLast>(w, q, k, acc);
+        step<kKind, kFirst, kRows>(w, prefetch, q, k, acc);
+        steps<kKind, kRows, kFirst + 1, kLast>(w, prefetch, q, k, acc);
     }
 }
 
@@ -101,19 +112,18 @@ INLINE __m512 small_signed(const uint8_t* p) {
 }
 
 template <Kind kKind, int kRows>
-void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
     const int8_t* q[kRows];
     const float *scale[kRows], *scaled_sum[kRows];
     const int32_t* correction[kRows];
     __m512 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
         q[m] = a.q + (row + m) * a.q_stride;
-        scale[m] = a.scale + (row + m) * a.groups;
-        scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        scale[m] = a.scale + (row + m) * a.scale_stride;
+        scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         correction[m] = a.correction + (row + m) * a.correction_stride;
-        sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+        UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(y + m * y_stride + 16 * h) : _mm512_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
@@ -121,23 +131,24 @@ void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_
             if (g % kSuperGroups == 0) {
                 super = w;
                 w += layout.super_bytes;
+                prefetch.next += layout.super_bytes;
             }
         }
-        const uint8_t* scales = w + code_bytes;
+        const uint8_t* scales = w + layout.code_bytes();
         Accumulators<kRows> acc;
         __m512 d[2];
         if constexpr (layout.scale == Scale::SuperHalf) {
             start(acc, true, correction, 2 * g);
-            steps<layout.bits, kRows, 0, 4>(w, q, g * kGroup, acc);
+            steps<kKind, kRows, 0, 4>(w, prefetch, q, g * kGroup, acc);
             UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 16 * h));
             finish(acc, d, scale, g, sum);
             start(acc, true, correction, 2 * g + 1);
-            steps<layout.bits, kRows, 4, 8>(w, q, g * kGroup, acc);
+            steps<kKind, kRows, 4, 8>(w, prefetch, q, g * kGroup, acc);
             UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 32 + 16 * h));
             finish(acc, d, scale, g, sum);
         } else {
             start(acc, layout.zero != 0, correction, g);
-            steps<layout.bits, kRows, 0, 8>(w, q, g * kGroup, acc);
+            steps<kKind, kRows, 0, layout.steps()>(w, prefetch, q, g * layout.group, acc);
             UNROLL for (int h = 0; h < 2; h++) {
                 if constexpr (layout.scale == Scale::Super)
                     d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_unsigned(scales + 16 * h));
@@ -155,24 +166,23 @@ void tile_rows(const uint8_t* w, const QuantRows& a, size_t row, float* y, size_
             }
         }
         w += layout.group_bytes;
+        prefetch.next += layout.group_bytes;
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) {
-            float* out = y + m * y_stride + 16 * h;
-            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[m][h]) : sum[m][h]);
-        }
+        UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(y + m * y_stride + 16 * h, sum[m][h]);
     }
 }
 
 template <Kind kKind>
-void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
+          bool add) {
     switch (num_rows) {
-        case 1: return tile_rows<kKind, 1>(block, a, row, y, y_stride, add);
-        case 2: return tile_rows<kKind, 2>(block, a, row, y, y_stride, add);
-        case 3: return tile_rows<kKind, 3>(block, a, row, y, y_stride, add);
-        case 4: return tile_rows<kKind, 4>(block, a, row, y, y_stride, add);
-        case 5: return tile_rows<kKind, 5>(block, a, row, y, y_stride, add);
-        default: return tile_rows<kKind, 6>(block, a, row, y, y_stride, add);
+        case 1: return tile_rows<kKind, 1>(block, prefetch, a, row, y, y_stride, add);
+        case 2: return tile_rows<kKind, 2>(block, prefetch, a, row, y, y_stride, add);
+        case 3: return tile_rows<kKind, 3>(block, prefetch, a, row, y, y_stride, add);
+        case 4: return tile_rows<kKind, 4>(block, prefetch, a, row, y, y_stride, add);
+        case 5: return tile_rows<kKind, 5>(block, prefetch, a, row, y, y_stride, add);
+        default: return tile_rows<kKind, 6>(block, prefetch, a, row, y, y_stride, add);
     }
 }
 
@@ -193,7 +203,9 @@ INLINE __m512 load_panel(const void* panel, size_t index) {
 template <Element kElement, int kRows>
 void panel_rows(const float* a, size_t a_stride, const void* panel, size_t depth, float* c, size_t c_stride, bool add) {
     __m512 sum[kRows][2];
-    UNROLL for (int m = 0; m < kRows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(c + m * c_stride + 16 * h) : _mm512_setzero_ps();
+    }
     for (size_t k = 0; k < depth; k++) {
         const __m512 p0 = load_panel<kElement>(panel, k * kBlockColumns);
         const __m512 p1 = load_panel<kElement>(panel, k * kBlockColumns + 16);
@@ -204,10 +216,7 @@ void panel_rows(const float* a, size_t a_stride, const void* panel, size_t depth
         }
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) {
-            float* out = c + m * c_stride + 16 * h;
-            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[m][h]) : sum[m][h]);
-        }
+        UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + m * c_stride + 16 * h, sum[m][h]);
     }
 }
 
@@ -241,17 +250,29 @@ float quantize_vector(const float* x, size_t n, int8_t* q) {
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
-        const float max = _mm512_reduce_max_ps(_mm512_max_ps(absolute(_mm512_loadu_ps(x)), absolute(_mm512_loadu_ps(x + 16))));
+template <int kParts>   // of 16 values in a group
+INLINE void quantize_groups(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    constexpr size_t group = kParts * 16;
+    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += kParts) {
+        __m512 v[kParts], top = _mm512_setzero_ps();
+        UNROLL for (int h = 0; h < kParts; h++) {
+            v[h] = _mm512_loadu_ps(x + 16 * h);
+            top = _mm512_max_ps(top, absolute(v[h]));
+        }
+        const float max = _mm512_reduce_max_ps(top);
         const __m512 inverse = _mm512_set1_ps(max > 0 ? 127.0f / max : 0);
-        for (int h = 0; h < 2; h++) {
-            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * h), inverse));
+        UNROLL for (int h = 0; h < kParts; h++) {
+            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], inverse));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * h), _mm512_cvtepi32_epi8(codes));
             sum16[h] = _mm512_reduce_add_epi32(codes);
         }
         scale[g] = max / 127.0f;
     }
+}
+
+void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
+    if (group == kWideGroup) quantize_groups<4>(x, k, q, scale, sum16);
+    else quantize_groups<2>(x, k, q, scale, sum16);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -363,7 +384,7 @@ const Ops& ops_avx512() {
     static const Ops table = {
         "avx512",
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
-         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         panel<Element::I8>,
         quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,

@@ -52,8 +52,9 @@ INLINE float32x4_t small_signed(const void* p) {
 }
 
 // Codes of step kStep for 4 columns: `low` and `high` are their first bytes in the planes.
-template <int kBits, int kStep>
+template <Kind kKind, int kStep>
 INLINE int8x16_t codes_of(const uint8_t* low, const uint8_t* high) {
+    constexpr int kBits = layout_of(kKind).bits;
     uint8x16_t v;
     if constexpr (kBits == 8) {
         v = veorq_u8(vld1q_u8(low + kStep * kPlane), vdupq_n_u8(0x80));
@@ -61,6 +62,7 @@ INLINE int8x16_t codes_of(const uint8_t* low, const uint8_t* high) {
         v = vld1q_u8(low + kStep / 2 * kPlane);
         if constexpr (kStep % 2) v = vshrq_n_u8(v, 4);
         else if constexpr (kBits == 4) v = vandq_u8(v, vdupq_n_u8(15));
+        if constexpr (layout_of(kKind).non_linear) return vqtbl1q_s8(vld1q_s8(kNonLinear), v);
         if constexpr (kBits > 4) {
             constexpr int shift = kBits == 5 ? kStep : 2 * (kStep % 4);
             uint8x16_t h = vld1q_u8(kBits == 5 ? high : high + kStep / 4 * 64);
@@ -78,16 +80,16 @@ struct Accumulators {
     int32x4_t v[kSets][kRows];
 };
 
-template <int kBits, int kRows, int kFirst, int kLast>
+template <Kind kKind, int kRows, int kFirst, int kLast>
 INLINE void dot_steps(const uint8_t* low, const uint8_t* high, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
         constexpr int set = kFirst % Accumulators<kRows>::kSets;
-        const int8x16_t codes = codes_of<kBits, kFirst>(low, high);
+        const int8x16_t codes = codes_of<kKind, kFirst>(low, high);
         UNROLL for (int m = 0; m < kRows; m++) {
             const int8x16_t a = vld1q_s8(q[m] + k + kFirst / 4 * 16);
             acc.v[set][m] = vdotq_laneq_s32(acc.v[set][m], codes, a, kFirst % 4);
         }
-        dot_steps<kBits, kRows, kFirst + 1, kLast>(low, high, q, k, acc);
+        dot_steps<kKind, kRows, kFirst + 1, kLast>(low, high, q, k, acc);
     }
 }
 
@@ -103,8 +105,8 @@ INLINE Rows<kRows> rows_from(const QuantRows& a, size_t row) {
     Rows<kRows> rows;
     UNROLL for (int m = 0; m < kRows; m++) {
         rows.q[m] = a.q + (row + m) * a.q_stride;
-        rows.scale[m] = a.scale + (row + m) * a.groups;
-        rows.scaled_sum[m] = a.scaled_sum + (row + m) * a.groups;
+        rows.scale[m] = a.scale + (row + m) * a.scale_stride;
+        rows.scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         rows.correction[m] = a.correction + (row + m) * a.correction_stride;
     }
     return rows;
@@ -114,10 +116,9 @@ INLINE Rows<kRows> rows_from(const QuantRows& a, size_t row) {
 template <Kind kKind, int kRows>
 INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const Rows<kRows>& a, size_t g, float32x4_t* sum) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
-    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8;   // 8-bit codes are made signed instead
+    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8 && !layout.non_linear;   // those are signed instead
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
-    const uint8_t *scales = w + code_bytes, *low = w + 16 * vector;
+    const uint8_t *scales = w + layout.code_bytes(), *low = w + 16 * vector;
     const uint8_t* high = w + 512 + (layout.bits == 6 ? vector / 4 * 128 + vector % 4 * 16 : 16 * vector);
     const int n = kLanes * vector;
     UNROLL for (int part = 0; part < parts; part++) {
@@ -129,10 +130,10 @@ INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const 
             if constexpr (acc.kSets == 2) acc.v[1][m] = vdupq_n_s32(0);
         }
         if constexpr (parts == 1) {
-            dot_steps<layout.bits, kRows, 0, 8>(low, high, a.q, g * kGroup, acc);
+            dot_steps<kKind, kRows, 0, layout.steps()>(low, high, a.q, g * layout.group, acc);
         } else {
-            if (part == 0) dot_steps<layout.bits, kRows, 0, 4>(low, high, a.q, g * kGroup, acc);
-            else dot_steps<layout.bits, kRows, 4, 8>(low, high, a.q, g * kGroup, acc);
+            if (part == 0) dot_steps<kKind, kRows, 0, 4>(low, high, a.q, g * kGroup, acc);
+            else dot_steps<kKind, kRows, 4, 8>(low, high, a.q, g * kGroup, acc);
         }
         float32x4_t d;
         if constexpr (layout.scale == Scale::Super) d = vmulq_f32(load_half(super + 2 * n), small_unsigned(scales + n));
@@ -157,16 +158,19 @@ INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const 
 
 // y[m][4 first .. 4 (first + tile_vectors)) for all of K; `first` is a multiple of tile_vectors.
 template <Kind kKind, int kRows>
-INLINE void tile_pass(const uint8_t* w, int first, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+INLINE void tile_pass(const uint8_t* w, Prefetch prefetch, int first, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr int vectors = tile_vectors(kRows);
     constexpr Layout layout = layout_of(kKind);
     const Rows<kRows> rows = rows_from<kRows>(a, row);
     float32x4_t sum[vectors][kRows];
     UNROLL for (int v = 0; v < vectors; v++) {
-        UNROLL for (int m = 0; m < kRows; m++) sum[v][m] = vdupq_n_f32(0);
+        UNROLL for (int m = 0; m < kRows; m++) sum[v][m] = add ? vld1q_f32(y + m * y_stride + kLanes * (first + v)) : vdupq_n_f32(0);
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
+        for (size_t i = 0; i < layout.group_bytes / 64; i++)
+            if (prefetch.lines & (1u << i)) __builtin_prefetch(prefetch.next + 64 * i, 0, 2);
+        prefetch.next += layout.group_bytes;
         if constexpr (layout.super_bytes > 0) {
             if (g % kSuperGroups == 0) {
                 super = w;
@@ -177,19 +181,17 @@ INLINE void tile_pass(const uint8_t* w, int first, const QuantRows& a, size_t ro
         w += layout.group_bytes;
     }
     UNROLL for (int v = 0; v < vectors; v++) {
-        UNROLL for (int m = 0; m < kRows; m++) {
-            float* out = y + m * y_stride + kLanes * (first + v);
-            vst1q_f32(out, add ? vaddq_f32(vld1q_f32(out), sum[v][m]) : sum[v][m]);
-        }
+        UNROLL for (int m = 0; m < kRows; m++) vst1q_f32(y + m * y_stride + kLanes * (first + v), sum[v][m]);
     }
 }
 
 template <Kind kKind, int kRows = kMaxTileRows>
-void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
+          bool add) {
     if constexpr (kRows > 1)
-        if (num_rows < kRows) return tile<kKind, kRows - 1>(block, a, row, num_rows, y, y_stride, add);
-    for (int first = 0; first < kBlockVectors; first += tile_vectors(kRows))
-        tile_pass<kKind, kRows>(block, first, a, row, y, y_stride, add);
+        if (num_rows < kRows) return tile<kKind, kRows - 1>(block, prefetch, a, row, num_rows, y, y_stride, add);
+    for (int first = 0; first < kBlockVectors; first += tile_vectors(kRows), prefetch.lines = 0)
+        tile_pass<kKind, kRows>(block, prefetch, first, a, row, y, y_stride, add);
 }
 
 enum class Element { F32, F16, BF16, I8 };
@@ -221,7 +223,8 @@ INLINE void panel_pass(const float* a, size_t a_stride, const void* panel, size_
     constexpr int vectors = panel_vectors(kRows);
     float32x4_t sum[kRows][vectors];
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < vectors; v++) sum[m][v] = vdupq_n_f32(0);
+        UNROLL for (int v = 0; v < vectors; v++)
+            sum[m][v] = add ? vld1q_f32(c + m * c_stride + first + kLanes * v) : vdupq_n_f32(0);
     }
     for (size_t k = 0; k < depth; k++) {
         float32x4x2_t p[vectors / 2];
@@ -232,10 +235,7 @@ INLINE void panel_pass(const float* a, size_t a_stride, const void* panel, size_
         }
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < vectors; v++) {
-            float* out = c + m * c_stride + first + kLanes * v;
-            vst1q_f32(out, add ? vaddq_f32(vld1q_f32(out), sum[m][v]) : sum[m][v]);
-        }
+        UNROLL for (int v = 0; v < vectors; v++) vst1q_f32(c + m * c_stride + first + kLanes * v, sum[m][v]);
     }
 }
 
@@ -275,10 +275,10 @@ float quantize_vector(const float* x, size_t n, int8_t* q) {
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
-        const float max = largest(x, kGroup), inverse = max > 0 ? 127.0f / max : 0;
-        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += group / 16) {
+        const float max = largest(x, group), inverse = max > 0 ? 127.0f / max : 0;
+        for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
 }
@@ -428,7 +428,7 @@ const Ops& ops_neon() {
     static const Ops table = {
         "neon",
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
-         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         panel<Element::I8>,
         quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,

@@ -8,29 +8,32 @@
 namespace miniphi {
 namespace {
 
-// The code of row n, step s, position kk in a group.
-template <int kBits>
+// What is multiplied for row n, step s, position kk in a group.
+template <Kind kKind>
 int code_at(const uint8_t* group, int s, int n, int kk) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr int kBits = layout.bits;
     const int half = n / 16, byte = (n % 16) * 4 + kk;
     if (kBits == 8) return group[(2 * s + half) * 64 + byte];
     int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
     const uint8_t* high = group + 512;
     if (kBits == 5) code |= ((high[half * 64 + byte] >> s) & 1) << 4;
     if (kBits == 6) code |= ((high[(2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
-    return code;
+    return layout.non_linear ? kNonLinear[code] + layout.zero : code;
 }
 
 template <Kind kKind>
-void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride, bool add) {
+void tile(const uint8_t* block, Prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
+          bool add) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr size_t code_bytes = layout.bits == 8 ? 1024 : 512 + (layout.bits - 4) * 128;
     constexpr int halves = layout.scale == Scale::SuperHalf ? 2 : 1;
     for (int i = 0; i < num_rows; i++) {
         const int8_t* q = a.q + (row + i) * a.q_stride;
-        const float* scale = a.scale + (row + i) * a.groups;
-        const float* scaled_sum = a.scaled_sum + (row + i) * a.groups;
+        const float* scale = a.scale + (row + i) * a.scale_stride;
+        const float* scaled_sum = a.scaled_sum + (row + i) * a.scale_stride;
         const int32_t* correction = a.correction + (row + i) * a.correction_stride;
-        float sum[kBlockColumns] = {};
+        float sum[kBlockColumns];
+        for (size_t n = 0; n < kBlockColumns; n++) sum[n] = add ? y[i * y_stride + n] : 0;
         const uint8_t* w = block;
         const uint16_t* super = nullptr;
         for (size_t g = 0; g < a.groups; g++) {
@@ -38,13 +41,13 @@ void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, fl
                 super = reinterpret_cast<const uint16_t*>(w);
                 w += layout.super_bytes;
             }
-            const uint8_t* scales = w + code_bytes;
+            const uint8_t* scales = w + layout.code_bytes();
             const uint16_t* f16 = reinterpret_cast<const uint16_t*>(scales);
             for (int n = 0; n < int(kBlockColumns); n++) {
                 for (int h = 0; h < halves; h++) {
                     int32_t dot = layout.zero ? correction[g * halves + h] : 0;
-                    for (int s = h * 8 / halves; s < (h + 1) * 8 / halves; s++)
-                        for (int kk = 0; kk < 4; kk++) dot += code_at<layout.bits>(w, s, n, kk) * q[g * kGroup + s * 4 + kk];
+                    for (int s = h * layout.steps() / halves; s < (h + 1) * layout.steps() / halves; s++)
+                        for (int kk = 0; kk < 4; kk++) dot += code_at<kKind>(w, s, n, kk) * q[g * layout.group + s * 4 + kk];
                     float d;
                     if (layout.scale == Scale::Super) d = from_f16(super[n]) * float(scales[n]);
                     else if (layout.scale == Scale::SuperHalf) d = from_f16(super[n]) * float(int8_t(scales[32 * h + n]));
@@ -56,7 +59,7 @@ void tile(const uint8_t* block, const QuantRows& a, size_t row, int num_rows, fl
             }
             w += layout.group_bytes;
         }
-        for (size_t n = 0; n < kBlockColumns; n++) y[i * y_stride + n] = add ? y[i * y_stride + n] + sum[n] : sum[n];
+        std::copy_n(sum, kBlockColumns, y + i * y_stride);
     }
 }
 
@@ -65,10 +68,11 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
            bool add) {
     const T* p = static_cast<const T*>(data);
     for (int i = 0; i < num_rows; i++) {
-        float sum[kBlockColumns] = {};
+        float sum[kBlockColumns];
+        for (size_t n = 0; n < kBlockColumns; n++) sum[n] = add ? c[i * c_stride + n] : 0;
         for (size_t k = 0; k < depth; k++)
             for (size_t n = 0; n < kBlockColumns; n++) sum[n] += a[i * a_stride + k] * kLoad(p[k * kBlockColumns + n]);
-        for (size_t n = 0; n < kBlockColumns; n++) c[i * c_stride + n] = add ? c[i * c_stride + n] + sum[n] : sum[n];
+        std::copy_n(sum, kBlockColumns, c + i * c_stride);
     }
 }
 
@@ -83,8 +87,8 @@ float quantize_vector(const float* x, size_t n, int8_t* q) {
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / kGroup; g++) scale[g] = quantize_vector(x + g * kGroup, kGroup, q + g * kGroup);
+void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / group; g++) scale[g] = quantize_vector(x + g * group, group, q + g * group);
     for (size_t g = 0; g < k / 16; g++) {
         sum16[g] = 0;
         for (size_t i = 0; i < 16; i++) sum16[g] += q[g * 16 + i];
@@ -150,7 +154,7 @@ const Ops& ops_portable() {
     static const Ops table = {
         "portable",
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
-         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>},
+         tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},
         panel<int8_t, load_i8>,
         quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,

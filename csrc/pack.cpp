@@ -24,6 +24,8 @@ Stored stored_of(Kind kind) {
         case Kind::Q4_K: return {256, 144};
         case Kind::Q5_K: return {256, 176};
         case Kind::Q6_K: return {256, 210};
+        case Kind::IQ4_NL: return {32, 18};
+        case Kind::NL4: return {64, 34};
     }
     return {1, 1};
 }
@@ -50,7 +52,7 @@ void super_scale(const uint8_t* scales, size_t j, uint8_t* scale, uint8_t* minim
 // Codes (as stored in the packed block: unsigned, with the zero point inside) of group g of a stored row.
 void codes_of(Kind kind, const uint8_t* row, size_t g, uint8_t* codes) {
     const Stored stored = stored_of(kind);
-    const uint8_t* b = row + g * kGroup / stored.values * stored.bytes;
+    const uint8_t* b = row + g * layout_of(kind).group / stored.values * stored.bytes;
     const size_t j = g % kSuperGroups;
     switch (kind) {
         case Kind::Q8_0:
@@ -69,6 +71,15 @@ void codes_of(Kind kind, const uint8_t* row, size_t g, uint8_t* codes) {
             }
             if (five)
                 for (size_t i = 0; i < 32; i++) codes[i] |= uint8_t(((p[i / 8] >> (i % 8)) & 1) << 4);
+            return;
+        }
+        case Kind::IQ4_NL:
+        case Kind::NL4: {   // the first half of a block in the low nibbles, the second in the high ones
+            const size_t half = stored.values / 2;
+            for (size_t i = 0; i < half; i++) {
+                codes[i] = b[2 + i] & 15;
+                codes[i + half] = b[2 + i] >> 4;
+            }
             return;
         }
         case Kind::Q4_K:
@@ -91,17 +102,18 @@ void codes_of(Kind kind, const uint8_t* row, size_t g, uint8_t* codes) {
 }
 
 // Interleave one row's codes for 4-way dot products: four codes of a step are one 32-bit word.
-void put_codes(int bits, size_t n, const uint8_t* codes, uint8_t* group) {
+void put_codes(const Layout& layout, size_t n, const uint8_t* codes, uint8_t* group) {
+    const int bits = layout.bits;
     const size_t half = n / 16, lane = n % 16 * 4;
     const auto put = [&](size_t vector, uint32_t word) { std::memcpy(group + vector * 64 + lane, &word, 4); };
-    uint32_t step[8];
-    std::memcpy(step, codes, kGroup);
+    uint32_t step[kWideGroup / 4];
+    std::memcpy(step, codes, layout.group);
     if (bits == 8) {
         for (size_t s = 0; s < 8; s++) put(2 * s + half, step[s]);
         return;
     }
     constexpr uint32_t low = 0x0f0f0f0f;
-    for (size_t j = 0; j < 4; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
+    for (size_t j = 0; j < layout.group / 8; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
     const auto high = [&](size_t s) { return (step[s] & ~low) >> 4; };
     uint32_t word = 0;
     if (bits == 5) {
@@ -118,7 +130,7 @@ void put_codes(int bits, size_t n, const uint8_t* codes, uint8_t* group) {
 
 void put_scales(Kind kind, const Layout& layout, const uint8_t* row, size_t g, size_t n, uint8_t* super, uint8_t* scales) {
     const Stored stored = stored_of(kind);
-    const uint8_t* b = row + g * kGroup / stored.values * stored.bytes;
+    const uint8_t* b = row + g * layout.group / stored.values * stored.bytes;
     const size_t j = g % kSuperGroups;
     switch (layout.scale) {
         case Scale::Symmetric: put_u16(scales + 2 * n, u16(b)); return;
@@ -139,16 +151,16 @@ void put_scales(Kind kind, const Layout& layout, const uint8_t* row, size_t g, s
     }
 }
 
-int code_at(int bits, const uint8_t* group, size_t i, size_t n) {
+// What the kernels multiply: the code, or for a non-linear format what it stands for, plus the zero point.
+int value_at(const Layout& layout, const uint8_t* group, size_t i, size_t n) {
     const size_t half = n / 16, s = i / 4, byte = n % 16 * 4 + i % 4;
+    const int bits = layout.bits;
     if (bits == 8) return group[(2 * s + half) * 64 + byte];
     int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
     if (bits == 5) code |= ((group[512 + half * 64 + byte] >> s) & 1) << 4;
     if (bits == 6) code |= ((group[512 + (2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
-    return code;
+    return layout.non_linear ? kNonLinear[code] + layout.zero : code;
 }
-
-size_t code_bytes(const Layout& layout) { return layout.bits == 8 ? 1024 : 512 + size_t(layout.bits - 4) * 128; }
 
 }  // namespace
 
@@ -173,17 +185,17 @@ void pack_block(Kind kind, const uint8_t* const rows[kBlockColumns], size_t dept
     }
     const Layout layout = layout_of(kind);
     uint8_t* super = block;
-    for (size_t g = 0; g < depth / kGroup; g++) {
+    for (size_t g = 0; g < depth / layout.group; g++) {
         if (layout.super_bytes && g % kSuperGroups == 0) {
             super = block;
             block += layout.super_bytes;
         }
         for (size_t n = 0; n < kBlockColumns; n++) {
             if (!rows[n]) continue;
-            uint8_t codes[kGroup];
+            uint8_t codes[kWideGroup];
             codes_of(kind, rows[n], g, codes);
-            put_codes(layout.bits, n, codes, block);
-            put_scales(kind, layout, rows[n], g, n, super, block + code_bytes(layout));
+            put_codes(layout, n, codes, block);
+            put_scales(kind, layout, rows[n], g, n, super, block + layout.code_bytes());
         }
         block += layout.group_bytes;
     }
@@ -200,15 +212,15 @@ void unpack_column(Kind kind, const uint8_t* block, size_t n, size_t depth, floa
     }
     const Layout layout = layout_of(kind);
     const uint8_t* super = block;
-    for (size_t g = 0; g < depth / kGroup; g++, y += kGroup) {
+    for (size_t g = 0; g < depth / layout.group; g++, y += layout.group) {
         if (layout.super_bytes && g % kSuperGroups == 0) {
             super = block;
             block += layout.super_bytes;
         }
-        const uint8_t* scales = block + code_bytes(layout);
+        const uint8_t* scales = block + layout.code_bytes();
         const float first = layout.super_bytes ? from_f16(u16(super + 2 * n)) : from_f16(u16(scales + 2 * n));
-        for (size_t i = 0; i < kGroup; i++) {
-            const int q = code_at(layout.bits, block, i, n) - layout.zero;
+        for (size_t i = 0; i < layout.group; i++) {
+            const int q = value_at(layout, block, i, n) - layout.zero;
             switch (layout.scale) {
                 case Scale::Symmetric: y[i] = first * float(q); break;
                 case Scale::Minimum: y[i] = first * float(q) + from_f16(u16(scales + 64 + 2 * n)); break;

@@ -140,6 +140,9 @@ void Program::execute(const Op& op, size_t index, const Batch& batch, int thread
 void Program::run(const Batch& batch) {
     if (!matmul_) {
         matmul_ = std::make_unique<Matmul>(ops_, std::max(max_tokens_, 2 * max_logit_rows_), max_depth_);
+        for (const Op& op : ops_list_)
+            if (op.code == Code::Matmul)
+                for (const PackedMatrix* matrix : op.matrices) matmul_->prepare(*matrix);
         work_ = std::make_unique<WorkQueue>(ops_list_.size(), pool_.size());
     }
     work_->reset();

@@ -26,7 +26,7 @@ using namespace miniphi;
 namespace {
 
 constexpr double kEpsilon = FLT_EPSILON;
-const char* const kKindNames[kNumKinds] = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
+const char* const kKindNames[kNumKinds] = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "NL4"};
 
 struct Expected {
     std::vector<float> value;    // [1 + max rows][32]
@@ -75,7 +75,6 @@ std::string where_of(Data data, size_t depth) {
 
 std::vector<uint8_t> random_block(Kind kind, size_t depth, Data data, Random& random) {
     const Layout layout = layout_of(kind);
-    const size_t code_bytes = layout.bits == 8 ? 1024 : 512 + size_t(layout.bits - 4) * 128;
     std::vector<uint8_t> block(block_bytes(kind, depth));
     const auto put_halves = [&](uint8_t* p, float sign) {
         for (size_t n = 0; n < kBlockColumns; n++) {
@@ -88,14 +87,14 @@ std::vector<uint8_t> random_block(Kind kind, size_t depth, Data data, Random& ra
     };
     uint8_t* p = block.data();
     const int extreme = random.integer(0, 1) * 255;
-    for (size_t g = 0; g < depth / kGroup; g++) {
+    for (size_t g = 0; g < depth / layout.group; g++) {
         if (layout.super_bytes && g % kSuperGroups == 0) {
             put_halves(p, 1);
             if (layout.scale == Scale::Super) put_halves(p + 64, -1);   // subtracted: no cancellation, see tile_bounds
             p += layout.super_bytes;
         }
-        for (size_t i = 0; i < code_bytes; i++) p[i] = uint8_t(data == Data::Extreme ? extreme : random.integer(0, 255));
-        uint8_t* scales = p + code_bytes;
+        for (size_t i = 0; i < layout.code_bytes(); i++) p[i] = uint8_t(data == Data::Extreme ? extreme : random.integer(0, 255));
+        uint8_t* scales = p + layout.code_bytes();
         if (!layout.super_bytes) put_halves(scales, 1);
         if (layout.scale == Scale::Minimum) put_halves(scales + 64, 1);
         for (size_t i = 0; layout.super_bytes && i < 64; i++) {
@@ -116,13 +115,13 @@ struct Activations {
 
 void fill_activations(Activations& a, Kind kind, size_t num_rows, size_t depth, Data data, Random& random) {
     const Layout layout = layout_of(kind);
-    const size_t groups = depth / kGroup, stride = depth + 48, halves = layout.scale == Scale::SuperHalf ? 2 : 1;
+    const size_t groups = depth / layout.group, stride = depth + 48, halves = layout.scale == Scale::SuperHalf ? 2 : 1;
     for (size_t i = 0; i < num_rows * stride; i++)
         a.q.push_back(int8_t(data == Data::Extreme ? (i / stride % 2 ? 127 : -127) : random.integer(-127, 127)));
     for (size_t row = 0; row < num_rows; row++) {
         for (size_t g = 0; g < groups; g++) {
-            int32_t sum[2] = {};
-            for (size_t i = 0; i < kGroup; i++) sum[i / 16] += a.q[row * stride + g * kGroup + i];
+            int32_t sum[2] = {};   // of the group's halves
+            for (size_t i = 0; i < layout.group; i++) sum[2 * i / layout.group] += a.q[row * stride + g * layout.group + i];
             float scale = random.uniform(0.001f, 0.1f);
             if (data != Data::Realistic) scale = data == Data::Extreme ? 1 : float(random.integer(1, 2));
             a.scale.push_back(scale);
@@ -131,7 +130,7 @@ void fill_activations(Activations& a, Kind kind, size_t num_rows, size_t depth, 
             else a.correction.push_back(-layout.zero * (sum[0] + sum[1]));
         }
     }
-    a.rows = {a.q.data(), a.scale.data(), a.correction.data(), a.scaled_sum.data(), stride, groups, groups * halves};
+    a.rows = {a.q.data(), a.scale.data(), a.correction.data(), a.scaled_sum.data(), stride, groups, groups * halves, groups};
 }
 
 // The terms are dots times scales and minima times sums; both have the sign that adds up in sum |w x|.
@@ -144,7 +143,7 @@ std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, co
         for (size_t row = 0; row < num_rows; row++) {
             double sum = 0;
             for (size_t k = 0; k < depth; k++)
-                sum += std::fabs(double(w[k]) * a.q[row * a.q_stride + k]) * a.scale[row * a.groups + k / kGroup];
+                sum += std::fabs(double(w[k]) * a.q[row * a.q_stride + k]) * a.scale[row * a.groups + k / layout_of(kind).group];
             bounds[row * kBlockColumns + n] = roundings * kEpsilon * sum;
         }
     }
@@ -154,17 +153,17 @@ std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, co
 void check_tile(Check& check, const Ops& ops, Kind kind) {
     Random random{unsigned(kind)};
     for (const size_t depth : {32, 96, 256, 768}) {
-        if (layout_of(kind).super_bytes && depth % 256 != 0) continue;
+        if ((layout_of(kind).super_bytes && depth % 256 != 0) || depth % layout_of(kind).group != 0) continue;
         for (const Data data : {Data::Exact, Data::Extreme, Data::Realistic}) {
             constexpr size_t num_rows = kMaxTileRows + 1;
             const std::vector<uint8_t> block = random_block(kind, depth, data, random);
             Activations a;
             fill_activations(a, kind, num_rows, depth, data, random);
             Expected expected{std::vector<float>(num_rows * kBlockColumns), std::vector<double>(num_rows * kBlockColumns)};
-            ops_portable().tile[int(kind)](block.data(), a.rows, 0, num_rows, expected.value.data(), kBlockColumns, false);
+            ops_portable().tile[int(kind)](block.data(), {block.data(), 0x155}, a.rows, 0, num_rows, expected.value.data(), kBlockColumns, false);
             if (data == Data::Realistic) expected.bound = tile_bounds(kind, block, a.rows, num_rows, depth);
             const auto run = [&](size_t first, int rows, float* y, size_t stride, bool add) {
-                ops.tile[int(kind)](block.data(), a.rows, first, rows, y, stride, add);
+                ops.tile[int(kind)](block.data(), {block.data(), 0x155}, a.rows, first, rows, y, stride, add);
             };
             check_rows(check, run, kMaxTileRows, expected, where_of(data, depth));
         }
@@ -232,7 +231,7 @@ std::vector<float> quantizable(size_t n, Random& random) {
 
 void check_quantize_row(Check& check, const Ops& ops) {
     Random random(2);
-    for (const size_t k : {32, 64, 288, 3072}) {
+    for (const size_t group : {kGroup, kWideGroup}) for (const size_t k : {64, 320, 3072}) {
         const std::vector<float> x = quantizable(k, random);
         std::vector<int8_t> q[2];
         std::vector<float> scale[2];
@@ -241,7 +240,7 @@ void check_quantize_row(Check& check, const Ops& ops) {
             q[t].resize(k + 16, 7);
             scale[t].resize(k / kGroup + 1, 7);
             sum[t].resize(k / 16 + 1, 7);
-            (t ? ops_portable() : ops).quantize_row(x.data(), k, q[t].data(), scale[t].data(), sum[t].data());
+            (t ? ops_portable() : ops).quantize_row(x.data(), k, group, q[t].data(), scale[t].data(), sum[t].data());
         }
         check.same(q[0], q[1], "codes");
         check.same(scale[0], scale[1], "scales");

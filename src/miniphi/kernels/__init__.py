@@ -41,7 +41,7 @@ NativeProgram = _native.Program
 
 
 class Kind(IntEnum):
-    """Formats of a packed matrix, numbered as in csrc/blocks.h and named as in GGUF."""
+    """Formats of a packed matrix, numbered as in csrc/blocks.h and named as in GGUF; NL4 is ours."""
 
     F32 = 0
     F16 = 1
@@ -54,6 +54,8 @@ class Kind(IntEnum):
     Q4_K = 8
     Q5_K = 9
     Q6_K = 10
+    IQ4_NL = 11
+    NL4 = 12
 
     @property
     def is_quantized(self) -> bool:
