@@ -11,51 +11,7 @@ constexpr size_t kTileRows = 48;         // query rows that share one pass over 
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
 constexpr float kMinusInfinity = -INFINITY;
 
-size_t value_bytes(CacheType type) { return type == CacheType::F32 ? 4 : type == CacheType::F16 ? 2 : 1; }
-
-PanelFn panel_for(const Ops& ops, CacheType type) {
-    if (type == CacheType::Q8) return ops.panel_i8;
-    return ops.panel[int(type == CacheType::F32 ? Kind::F32 : Kind::F16)];
-}
-
 }  // namespace
-
-KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
-    : shape_(shape),
-      type_(type),
-      num_blocks_(num_blocks),
-      value_bytes_(value_bytes(type)),
-      head_bytes_(head_bytes(shape, type)),
-      memory_(shape.num_layers * num_blocks * shape.num_kv_heads * head_bytes_) {}
-
-size_t KvCache::head_bytes(const HeadShape& shape, CacheType type) {
-    const size_t values = (shape.head_dim + shape.padded_dim()) * kCacheBlock * value_bytes(type);
-    return values + (type == CacheType::Q8 ? 2 * kCacheBlock * sizeof(float) : 0);
-}
-
-void KvCache::put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
-    uint8_t* values = head + key_bytes();
-    const size_t dim = shape_.head_dim;
-    // Keys go to column `slot` of their panel; values to row `slot` of each 32-wide panel.
-    const auto scatter = [&](auto* keys, auto* panels, const auto* k, const auto* v) {
-        for (size_t i = 0; i < dim; i++) keys[i * kCacheBlock + slot] = k[i];
-        for (size_t i = 0; i < dim; i++) panels[(i / 32 * kCacheBlock + slot) * 32 + i % 32] = v[i];
-    };
-    if (type_ == CacheType::F32) {
-        scatter(reinterpret_cast<float*>(head), reinterpret_cast<float*>(values), key, value);
-    } else if (type_ == CacheType::F16) {
-        uint16_t k[512], v[512];
-        ops.to_f16(key, dim, k);
-        ops.to_f16(value, dim, v);
-        scatter(reinterpret_cast<uint16_t*>(head), reinterpret_cast<uint16_t*>(values), k, v);
-    } else {
-        int8_t k[512], v[512];
-        float* scale = scales(head);
-        scale[slot] = ops.quantize_vector(key, dim, k);
-        scale[kCacheBlock + slot] = ops.quantize_vector(value, dim, v);
-        scatter(reinterpret_cast<int8_t*>(head), reinterpret_cast<int8_t*>(values), k, v);
-    }
-}
 
 Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cache, int num_threads)
     : ops_(ops),
@@ -65,11 +21,19 @@ Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cach
       max_rows_(std::max(kSplitTokens, tokens_per_tile_) * shape.group()),
       scratch_(num_threads) {
     for (Scratch& s : scratch_) {
-        s.query.resize(max_rows_ * shape.head_dim);
+        s.query.resize(max_rows_ * shape.padded_dim());
         s.scores.resize(max_rows_ * kChunk);
         s.chunk.resize(max_rows_ * shape.padded_dim());
         s.sum.resize(max_rows_ * shape.padded_dim());
         for (auto* v : {&s.chunk_max, &s.chunk_sum, &s.total_max, &s.total_sum}) v->resize(max_rows_);
+        if (!cache.is_quantized()) continue;
+        s.query_codes.resize(max_rows_ * shape.padded_dim());
+        s.query_scale.resize(max_rows_ * shape.padded_dim() / kGroup);
+        s.query_correction.resize(s.query_scale.size());
+        s.value_scale.resize(cache.value_groups() * kChunk);
+        s.weight_scale.resize(cache.value_groups() * max_rows_);
+        s.high.resize(cache.value_groups() * max_rows_ * kChunk);
+        s.low.resize(s.high.size());
     }
 }
 
@@ -128,9 +92,88 @@ void Attention::rope_and_append(const Sequences& s, size_t layer, float* qkv, in
     }
 }
 
-void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, size_t num_rows,
-                             Scratch& scratch) const {
-    const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), start = chunk * kChunk;
+// Scaled queries, rotated as the keys are; as int8 too for a quantised cache.
+void Attention::load_queries(const Item& item, const float* qkv, Scratch& scratch) const {
+    const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), groups = padded / kGroup;
+    const size_t width = shape_.query_width() + 2 * shape_.kv_width();
+    const float scale = 1.0f / std::sqrt(float(dim));
+    std::vector<int32_t> sums(padded / 16);
+    for (size_t row = 0; row < item.num_tokens * group; row++) {
+        const float* q = qkv + (item.token + row / group) * width + (item.kv_head * group + row % group) * dim;
+        float* query = scratch.query.data() + row * padded;
+        for (size_t i = 0; i < dim; i++) query[i] = q[i] * scale;
+        std::fill(query + dim, query + padded, 0.0f);
+        if (!cache_.is_quantized()) continue;
+        if (cache_.type() == CacheType::Q4) hadamard(query, padded);
+        ops_.quantize_row(query, padded, kGroup, scratch.query_codes.data() + row * padded,
+                          scratch.query_scale.data() + row * groups, sums.data());
+        const int zero = layout_of(cache_.key_kind()).zero;
+        for (size_t g = 0; g < groups; g++) scratch.query_correction[row * groups + g] = -zero * (sums[2 * g] + sums[2 * g + 1]);
+    }
+}
+
+// scores[row][32 b ..] = query row x keys of block b
+void Attention::score(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+    const size_t padded = shape_.padded_dim(), groups = padded / kGroup;
+    const Kind kind = cache_.key_kind();
+    const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), scratch.query_correction.data(), nullptr,
+                            padded, groups, groups, groups};
+    const size_t limit = cache_.is_quantized() ? kMaxTileRows : kMaxPanelRows;
+    for (size_t b = span.first; b < span.last; b++) {
+        for (size_t row = 0; row < num_rows; row += limit) {
+            const int rows = int(std::min(limit, num_rows - row));
+            float* scores = scratch.scores.data() + row * kChunk + b * kCacheBlock;
+            if (cache_.is_quantized()) ops_.tile[int(kind)](heads[b], Prefetch{}, queries, row, rows, scores, kChunk, false);
+            else
+                ops_.panel[int(kind)](scratch.query.data() + row * padded, padded, rows, heads[b], shape_.head_dim, scores, kChunk,
+                                      false);
+        }
+    }
+}
+
+// chunk[row] = sum of weights x values
+void Attention::weigh(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+    const size_t padded = shape_.padded_dim();
+    for (size_t b = span.first; b < span.last; b++) {
+        for (size_t row = 0; row < num_rows; row += kMaxPanelRows) {
+            const int rows = int(std::min<size_t>(kMaxPanelRows, num_rows - row));
+            const float* p = scratch.scores.data() + row * kChunk + b * kCacheBlock;
+            for (size_t i = 0; i < padded / 32; i++)
+                ops_.panel[int(cache_.key_kind())](p, kChunk, rows, heads[b] + cache_.value_panel(i), kCacheBlock,
+                                                   scratch.chunk.data() + row * padded + 32 * i, padded, b > span.first);
+        }
+    }
+}
+
+void Attention::weigh_quantized(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+    const size_t padded = shape_.padded_dim(), groups = cache_.value_groups();
+    const size_t offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
+    const float one = 1;
+    for (size_t g = 0; g < groups; g++) {
+        float* scale = scratch.value_scale.data() + g * kChunk;
+        for (size_t b = span.first; b < span.last; b++)   // a panel of depth 1 is a conversion of 32 halves
+            ops_.panel[int(Kind::F16)](&one, 1, 1, heads[b] + cache_.value_scales(g), 1, scale + b * kCacheBlock, kCacheBlock, false);
+        for (size_t row = 0; row < num_rows; row++) {
+            const size_t at = (g * max_rows_ + row) * kChunk + offset;
+            scratch.weight_scale[g * max_rows_ + row] = ops_.quantize_weights(
+                scratch.scores.data() + row * kChunk + offset, scale + offset, count, scratch.high.data() + at, scratch.low.data() + at);
+        }
+    }
+    const ValuesFn values = cache_.type() == CacheType::Q8 ? ops_.values_8 : ops_.values_4;
+    const uint8_t* panels[kChunkBlocks];
+    for (size_t i = 0; i < padded / 32; i++) {
+        for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b] + cache_.value_panel(i);
+        for (size_t row = 0; row < num_rows; row += kMaxTileRows) {
+            const size_t first = (groups > 1 ? i : 0) * max_rows_ + row, at = first * kChunk + offset;
+            values(panels, span.last - span.first, {scratch.high.data() + at, scratch.low.data() + at, kChunk},
+                   int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + first,
+                   scratch.chunk.data() + row * padded + 32 * i, padded);
+        }
+    }
+}
+
+void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const {
+    const size_t group = shape_.group(), num_rows = item.num_tokens * group, start = chunk * kChunk;
     const int32_t* table = s.block_tables + item.sequence * s.max_blocks + chunk * kChunkBlocks;
     const auto visible = [&](size_t row, size_t* low, size_t* high) {   // keys of this chunk, [low, high)
         const size_t position = s.positions[item.token + row / group], end = position + 1;
@@ -141,21 +184,12 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
     size_t low, high, unused;
     visible(0, &low, &unused);
     visible(num_rows - 1, &unused, &high);
-    const size_t first_block = low / kCacheBlock, last_block = (high + kCacheBlock - 1) / kCacheBlock;
-    const PanelFn panel = panel_for(ops_, cache_.type());
-    const bool scaled = cache_.type() == CacheType::Q8;
+    const Span span{low / kCacheBlock, (high + kCacheBlock - 1) / kCacheBlock};
+    uint8_t* heads[kChunkBlocks];
+    for (size_t b = span.first; b < span.last; b++) heads[b] = cache_.head(layer, table[b], item.kv_head);
 
-    for (size_t b = first_block; b < last_block; b++) {
-        uint8_t* head = cache_.head(layer, table[b], item.kv_head);
-        for (size_t row = 0; row < num_rows; row += kMaxPanelRows) {
-            const int rows = int(std::min<size_t>(kMaxPanelRows, num_rows - row));
-            float* scores = scratch.scores.data() + row * kChunk + b * kCacheBlock;
-            panel(scratch.query.data() + row * dim, dim, rows, head, dim, scores, kChunk, false);
-            if (scaled)
-                for (int i = 0; i < rows; i++) ops_.multiply(scores + i * kChunk, cache_.scales(head), kCacheBlock);
-        }
-    }
-    const size_t offset = first_block * kCacheBlock, count = (last_block - first_block) * kCacheBlock;
+    score(heads, span, num_rows, scratch);
+    const size_t offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
     for (size_t row = 0; row < num_rows; row++) {
         visible(row, &low, &high);
         low = std::clamp(low, offset, offset + count);
@@ -163,18 +197,8 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
         ops_.softmax(scratch.scores.data() + row * kChunk + offset, count, low - offset, high - offset,
                      &scratch.chunk_max[row], &scratch.chunk_sum[row]);
     }
-    for (size_t b = first_block; b < last_block; b++) {
-        uint8_t* head = cache_.head(layer, table[b], item.kv_head);
-        for (size_t row = 0; row < num_rows; row += kMaxPanelRows) {
-            const int rows = int(std::min<size_t>(kMaxPanelRows, num_rows - row));
-            float* p = scratch.scores.data() + row * kChunk + b * kCacheBlock;
-            if (scaled)
-                for (int i = 0; i < rows; i++) ops_.multiply(p + i * kChunk, cache_.scales(head) + kCacheBlock, kCacheBlock);
-            for (size_t i = 0; i < padded; i += 32)
-                panel(p, kChunk, rows, head + cache_.key_bytes() + i / 32 * cache_.value_panel_bytes(), kCacheBlock,
-                      scratch.chunk.data() + row * padded + i, padded, b > first_block);
-        }
-    }
+    if (cache_.is_quantized()) weigh_quantized(heads, span, num_rows, scratch);
+    else weigh(heads, span, num_rows, scratch);
 }
 
 // Merge the chunk into the running result: both are sums relative to their own maximum.
@@ -190,22 +214,18 @@ void Attention::fold(size_t num_rows, Scratch& scratch) const {
     }
 }
 
-void Attention::store(const float* sum, float total, float* out) const {
+void Attention::store(float* sum, float total, float* out) const {
+    if (cache_.type() == CacheType::Q4) hadamard(sum, shape_.padded_dim());
     const float inverse = 1.0f / total;
     for (size_t i = 0; i < shape_.head_dim; i++) out[i] = sum[i] * inverse;
 }
 
 void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out,
                             Scratch& scratch) {
-    const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim();
-    const size_t num_rows = item.num_tokens * group, width = shape_.query_width() + 2 * shape_.kv_width();
-    const float scale = 1.0f / std::sqrt(float(dim));
-    for (size_t row = 0; row < num_rows; row++) {
-        const float* q = qkv + (item.token + row / group) * width + (item.kv_head * group + row % group) * dim;
-        for (size_t i = 0; i < dim; i++) scratch.query[row * dim + i] = q[i] * scale;
-    }
+    const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), num_rows = item.num_tokens * group;
+    load_queries(item, qkv, scratch);
     if (item.part >= 0) {
-        attend_chunk(s, item, layer, item.first_chunk, num_rows, scratch);
+        attend_chunk(s, item, layer, item.first_chunk, scratch);
         float* part = parts_.data() + item.part * group * (padded + 2);
         for (size_t row = 0; row < num_rows; row++, part += padded + 2) {
             std::memcpy(part, scratch.chunk.data() + row * padded, padded * sizeof(float));
@@ -218,7 +238,7 @@ void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, 
     std::fill_n(scratch.total_max.begin(), num_rows, kMinusInfinity);
     std::fill_n(scratch.total_sum.begin(), num_rows, 0.0f);
     for (size_t chunk = item.first_chunk; chunk < item.last_chunk; chunk++) {
-        attend_chunk(s, item, layer, chunk, num_rows, scratch);
+        attend_chunk(s, item, layer, chunk, scratch);
         fold(num_rows, scratch);
     }
     for (size_t row = 0; row < num_rows; row++)

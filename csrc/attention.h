@@ -1,8 +1,8 @@
-// Paged key/value cache and causal attention over it.
+// Causal attention over the paged cache.
 //
-// Cache: [layer][block][kv head] holds 32 tokens, contiguous: K as a panel [head_dim][32 tokens], V as panels
-// [head_dim / 32][32 tokens][32]; for int8 the two scales of every token follow, float32 [2][32]. Both products of
-// attention are then the panel kernel of ops.h: scores = q x K, output = p x V.
+// Over a float cache both products are the panel kernel of ops.h: scores = q x K, output = p x V. Over a quantised cache
+// queries become int8 (groups of 32) and weights 14-bit numbers, p times the scale of its value, so that both products are
+// exact sums of integers and nothing is dequantised.
 //
 // One row of attention always means the same arithmetic, whatever comes with it: the context is cut at multiples of
 // 256 positions; inside a chunk, scores -> max -> exp -> sum -> weighted values; chunks are merged in ascending order.
@@ -10,25 +10,13 @@
 #pragma once
 #include <vector>
 
-#include "matmul.h"
+#include "kv_cache.h"
 
 namespace miniphi {
 
-constexpr size_t kCacheBlock = 32;     // tokens; kernels/__init__.py::KV_BLOCK_SIZE
 constexpr size_t kChunkBlocks = 8;     // cache blocks in a chunk
 constexpr size_t kChunk = kCacheBlock * kChunkBlocks;
-
-enum class CacheType : int { F32, F16, Q8 };
-
-// What attention and the cache need to know of the model.
-struct HeadShape {
-    size_t num_layers, num_heads, num_kv_heads, head_dim, rotary_dim;
-    size_t window;   // a query sees keys at distance < window; 0 = all
-    size_t group() const { return num_heads / num_kv_heads; }
-    size_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
-    size_t query_width() const { return num_heads * head_dim; }
-    size_t kv_width() const { return num_kv_heads * head_dim; }
-};
+static_assert(kChunkBlocks <= kMaxPanels);
 
 // One step's sequences, as the program hands them on. Arrays are those of engine/batch.py.
 struct Sequences {
@@ -38,29 +26,6 @@ struct Sequences {
     const int32_t* context_lens;    // [num_sequences]
     const int32_t* block_tables;    // [num_sequences][max_blocks]
     const float *cos, *sin;         // [num_tokens][rotary_dim / 2]
-};
-
-class KvCache {
-public:
-    KvCache(const HeadShape& shape, CacheType type, size_t num_blocks);
-    static size_t head_bytes(const HeadShape& shape, CacheType type);   // of one kv head of one block of one layer
-    uint8_t* head(size_t layer, size_t block, size_t kv_head) const {
-        return memory_.data() + ((layer * num_blocks_ + block) * shape_.num_kv_heads + kv_head) * head_bytes_;
-    }
-    CacheType type() const { return type_; }
-    size_t num_blocks() const { return num_blocks_; }
-    size_t key_bytes() const { return shape_.head_dim * kCacheBlock * value_bytes_; }
-    size_t value_panel_bytes() const { return kCacheBlock * 32 * value_bytes_; }
-    float* scales(uint8_t* head) const {
-        return reinterpret_cast<float*>(head + (shape_.head_dim + shape_.padded_dim()) * kCacheBlock * value_bytes_);
-    }
-    void put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const;
-
-private:
-    const HeadShape shape_;
-    const CacheType type_;
-    const size_t num_blocks_, value_bytes_, head_bytes_;
-    Memory memory_;
 };
 
 class Attention {
@@ -86,11 +51,23 @@ private:
     struct Scratch {   // of one thread
         std::vector<float> query, scores, chunk, sum;
         std::vector<float> chunk_max, chunk_sum, total_max, total_sum;
+        // Of a quantised cache: queries as int8, the chunk's value scales, weights as integers.
+        std::vector<int8_t> query_codes;
+        std::vector<float> query_scale, value_scale, weight_scale;
+        std::vector<int32_t> query_correction;
+        std::vector<uint8_t> high, low;
+    };
+    struct Span {   // what a tile sees of a chunk: cache blocks [first, last) of it
+        size_t first, last;
     };
     void attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out, Scratch& scratch);
-    void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, size_t num_rows, Scratch& scratch) const;
+    void load_queries(const Item& item, const float* qkv, Scratch& scratch) const;
+    void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const;
+    void score(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void weigh(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void weigh_quantized(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
     void fold(size_t num_rows, Scratch& scratch) const;
-    void store(const float* sum, float total, float* out) const;
+    void store(float* sum, float total, float* out) const;
 
     const Ops& ops_;
     const HeadShape shape_;

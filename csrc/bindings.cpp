@@ -110,7 +110,7 @@ HeadShape head_shape(const nb::dict& heads) {
 }
 
 CacheType checked_cache_type(int type) {
-    require(type >= 0 && type <= int(CacheType::Q8), "unknown cache type");
+    require(type >= 0 && type < kNumCacheTypes, "unknown cache type");
     return CacheType(type);
 }
 

@@ -11,6 +11,10 @@ namespace miniphi {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+// Column blocks that one thread computes together, and how much of the activations passes over them at a time: both
+// stay in the level-two cache meanwhile.
+constexpr size_t kStripBlocks = 2;
+constexpr size_t kPanelBytes = size_t(384) << 10;
 constexpr size_t kPackerPiece = size_t(64) << 20;
 
 // Which correction array a kind reads, or -1 if its format has a minimum instead of a zero point.
@@ -147,13 +151,20 @@ static uint32_t prefetch_lines(size_t num_tiles, size_t tile) {
     return lines;
 }
 
-void Matmul::multiply_tiles(const Call& call, const PackedMatrix& matrix, const uint8_t* block, float* y) const {
+void Matmul::multiply_tiles(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const {
     const QuantRows a = rows_for(matrix);
-    const size_t num_tiles = (call.num_rows + kMaxTileRows - 1) / kMaxTileRows;
-    for (size_t tile = 0; tile < num_tiles; tile++) {
-        const size_t row = call.num_rows * tile / num_tiles, rows = call.num_rows * (tile + 1) / num_tiles - row;
-        const Prefetch prefetch{block + block_bytes(matrix.kind, matrix.depth), call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
-        ops_.tile[int(matrix.kind)](block, prefetch, a, row, int(rows), y + row * call.y_stride, call.y_stride, call.add);
+    const size_t panel = std::max<size_t>(kMaxTileRows, kPanelBytes / matrix.depth / kMaxTileRows * kMaxTileRows);
+    for (size_t start = 0; start < call.num_rows; start += panel) {
+        const size_t count = std::min(panel, call.num_rows - start), num_tiles = (count + kMaxTileRows - 1) / kMaxTileRows;
+        for (size_t block = first; block < last; block++) {
+            const uint8_t *weights = matrix.block(block), *next = weights + block_bytes(matrix.kind, matrix.depth);
+            for (size_t tile = 0; tile < num_tiles; tile++) {
+                const size_t row = start + count * tile / num_tiles, rows = start + count * (tile + 1) / num_tiles - row;
+                const Prefetch prefetch{next, start == 0 && call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
+                ops_.tile[int(matrix.kind)](weights, prefetch, a, row, int(rows),
+                                            y + row * call.y_stride + block * kBlockColumns, call.y_stride, call.add);
+            }
+        }
     }
 }
 
@@ -182,29 +193,36 @@ void Matmul::multiply_edge(const Call& call, const PackedMatrix& matrix, const u
     }
 }
 
-void Matmul::multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const {
-    const size_t columns = std::min(kBlockColumns, matrix.rows - block * kBlockColumns);
-    const uint8_t* weights = matrix.block(block);
-    y += block * kBlockColumns;
-    if (columns < kBlockColumns || call.fine) return multiply_edge(call, matrix, weights, columns, y);
-    if (is_quantized(matrix.kind)) return multiply_tiles(call, matrix, weights, y);
-    for (size_t row = 0; row < call.num_rows; row += kMaxPanelRows)
-        ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(std::min<size_t>(kMaxPanelRows, call.num_rows - row)),
-                                     weights, matrix.depth, y + row * call.y_stride, call.y_stride, call.add);
+void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const {
+    const size_t first = strip * kStripBlocks, last = std::min(first + kStripBlocks, matrix.num_blocks());
+    const size_t whole = call.fine ? first : std::min(last, matrix.rows / kBlockColumns);   // the blocks that need no edge
+    if (is_quantized(matrix.kind)) {
+        if (first < whole) multiply_tiles(call, matrix, first, whole, y);
+    } else {
+        for (size_t block = first; block < whole; block++)
+            for (size_t row = 0; row < call.num_rows; row += kMaxPanelRows)
+                ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride,
+                                             int(std::min<size_t>(kMaxPanelRows, call.num_rows - row)), matrix.block(block),
+                                             matrix.depth, y + row * call.y_stride + block * kBlockColumns, call.y_stride, call.add);
+    }
+    for (size_t block = whole; block < last; block++)
+        multiply_edge(call, matrix, matrix.block(block), std::min(kBlockColumns, matrix.rows - block * kBlockColumns),
+                      y + block * kBlockColumns);
 }
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
+    const auto num_strips = [](const PackedMatrix& matrix) { return (matrix.num_blocks() + kStripBlocks - 1) / kStripBlocks; };
     size_t total = 0;
-    for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
+    for (const PackedMatrix* matrix : call.matrices) total += num_strips(*matrix);
     size_t item;
     while (work.take(queue, thread, total, &item)) {
         float* y = call.y;
         for (const PackedMatrix* matrix : call.matrices) {
-            if (item < matrix->num_blocks()) {
-                multiply_block(call, *matrix, item, y);
+            if (item < num_strips(*matrix)) {
+                multiply_strip(call, *matrix, item, y);
                 break;
             }
-            item -= matrix->num_blocks();
+            item -= num_strips(*matrix);
             y += matrix->rows;
         }
     }

@@ -85,9 +85,9 @@ private:
     QuantRows rows_for(const PackedMatrix& matrix) const;
     void quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const;
     void quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const;
-    void multiply_tiles(const Call& call, const PackedMatrix& matrix, const uint8_t* block, float* y) const;
+    void multiply_tiles(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const;
     void multiply_edge(const Call& call, const PackedMatrix& matrix, const uint8_t* block, size_t columns, float* y) const;
-    void multiply_block(const Call& call, const PackedMatrix& matrix, size_t block, float* y) const;
+    void multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const;
 
     const Ops& ops_;
     const size_t max_rows_, max_depth_;

@@ -20,20 +20,32 @@ using TileFn = void (*)(const uint8_t* block, Prefetch prefetch, const QuantRows
 using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const void* panel, size_t depth, float* c,
                          size_t c_stride, bool add);
 
+// Attention's p V over a quantised cache, one panel of 32 dims: c[i][0..32) = scale[i] sum over blocks b and tokens t of
+// (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxTileRows. panels[b] is the panel of block b
+// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127.
+constexpr size_t kMaxPanels = 8;
+struct WeightPlanes {
+    const uint8_t *high, *low;
+    size_t stride;
+};
+using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& weights, int num_rows,
+                          const float* scale, float* c, size_t c_stride);
+
 struct Ops {
     const char* name;
     TileFn tile[kNumKinds];       // quantised kinds only
     PanelFn panel[3];             // F32, F16, BF16
-    PanelFn panel_i8;
+    ValuesFn values_8, values_4;  // V of a Q8 and of a Q4 cache
     // q[k], scale[k/group], sum16[k/16] of one row; k is a multiple of group, 32 or 64. scale = max|x| / 127 per group.
     void (*quantize_row)(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16);
     // One scale for n values, n a multiple of 16.
     float (*quantize_vector)(const float* x, size_t n, int8_t* q);
+    // p[i] scale[i] >= 0 as 14-bit numbers 128 high[i] + low[i], times what is returned; n a multiple of 32.
+    float (*quantize_weights)(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low);
     void (*to_f16)(const float* x, size_t n, uint16_t* y);   // n a multiple of 16; saturates at +-65504
     // y = x / sqrt(mean(x^2) + eps) * weight
     void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* y);
     void (*silu_mul)(const float* gate, const float* up, size_t n, float* y);   // y = up * gate / (1 + exp(-gate))
-    void (*multiply)(float* x, const float* y, size_t n);                       // n a multiple of 16
     void (*blend)(float alpha, float* x, float beta, const float* y, size_t n); // x = alpha x + beta y; n % 16 == 0
     // In place over n scores (a multiple of 32): exp(s - max) inside [low, high), 0 outside. Returns max and sum.
     void (*softmax)(float* s, size_t n, size_t low, size_t high, float* max, float* sum);

@@ -173,18 +173,15 @@ void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t ro
     }
 }
 
-enum class Element { F32, F16, BF16, I8 };
+enum class Element { F32, F16, BF16 };
 
 template <Element kElement>
 INLINE __m256 load_panel(const void* panel, size_t index) {
     if constexpr (kElement == Element::F32) return _mm256_loadu_ps(static_cast<const float*>(panel) + index);
     if constexpr (kElement == Element::F16) return load_half(static_cast<const uint16_t*>(panel) + index);
-    if constexpr (kElement == Element::BF16) {
-        const void* p = static_cast<const uint16_t*>(panel) + index;
-        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    }
-    return small_signed(static_cast<const uint8_t*>(panel) + index);
+    const void* p = static_cast<const uint16_t*>(panel) + index;
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
 template <Element kElement, int kRows>
@@ -225,6 +222,40 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
         a += rows * a_stride;
         c += rows * c_stride;
         num_rows -= rows;
+    }
+}
+
+// Signed values of step s for 8 dims, byte offset `lane` of the step's 128, of a panel of V.
+template <int kBits>
+INLINE __m256i values_at(const uint8_t* panel, int s, int lane) {
+    if constexpr (kBits == 8) return load(panel + s * 128 + lane);
+    __m256i v = load(panel + s / 2 * 128 + lane);
+    if (s % 2) v = _mm256_srli_epi16(v, 4);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(v, _mm256_set1_epi8(15)));
+}
+
+// 8 dims at a time; weights of at most 127 leave room for one pair of products in 16 bits.
+template <int kBits>
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+            size_t c_stride) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int row = 0; row < num_rows; row++) {
+        for (int lane = 0; lane < 128; lane += 32) {
+            __m256i high = _mm256_setzero_si256(), low = high;
+            for (size_t b = 0; b < num_panels; b++) {
+                UNROLL for (int s = 0; s < 8; s++) {
+                    const __m256i v = values_at<kBits>(panels[b], s, lane);
+                    int32_t four[2];
+                    __builtin_memcpy(four, p.high + row * p.stride + 32 * b + 4 * s, 4);
+                    __builtin_memcpy(four + 1, p.low + row * p.stride + 32 * b + 4 * s, 4);
+                    high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi32(four[0]), v), ones));
+                    low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi32(four[1]), v), ones));
+                }
+            }
+            const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
+            _mm256_storeu_ps(c + row * c_stride + lane / 4, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(scale[row])));
+        }
     }
 }
 
@@ -274,6 +305,26 @@ void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scal
         for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
+}
+
+// Four 32-bit numbers of one byte each, packed.
+INLINE void store_bytes(__m256i x, uint8_t* to) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+
+float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
+    __m256 top = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(scale + i)));
+    const float max = reduce_max(top);
+    const __m256 inverse = _mm256_set1_ps(max > 0 ? 16383.0f / max : 0);
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256 weight = _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(scale + i));
+        const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(weight, inverse));
+        store_bytes(_mm256_srli_epi32(q, 7), high + i);
+        store_bytes(_mm256_and_si256(q, _mm256_set1_epi32(127)), low + i);
+    }
+    return max / 16383.0f;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -329,10 +380,6 @@ void silu_mul(const float* gate, const float* up, size_t n, float* y) {
         const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, e));
         _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(_mm256_maskload_ps(up + i, mask), silu));
     }
-}
-
-void multiply(float* x, const float* y, size_t n) {
-    for (size_t i = 0; i < n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
 }
 
 void blend(float alpha, float* x, float beta, const float* y, size_t n) {
@@ -394,8 +441,8 @@ const Ops& ops_avx2() {
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
-        panel<Element::I8>,
-        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+        values<8>, values<4>,
+        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

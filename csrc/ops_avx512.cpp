@@ -18,7 +18,7 @@ namespace {
 
 INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 INLINE __m512 load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-INLINE __m512i broadcast4(const int8_t* p) {
+INLINE __m512i broadcast4(const void* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
@@ -49,8 +49,23 @@ struct Accumulators {
     __m512i v[kSets][kRows][2];
 };
 
+// One column of a matrix of activations, scales or corrections, as x86 addresses it: two bases and one stride serve six
+// rows, so that pointers do not push each other out of the registers.
+template <typename T>
+struct Cursor {
+    const T *first, *fourth;
+    size_t stride;
+    Cursor(const T* data, size_t stride, size_t row) : first(data + row * stride), fourth(first + 3 * stride), stride(stride) {}
+    const T* row(int m) const { return m < 3 ? first + m * stride : fourth + (m - 3) * stride; }
+    void advance(size_t columns) {
+        first += columns;
+        fourth += columns;
+        asm("" : "+r"(first), "+r"(fourth));   // else the compiler derives one from the other again
+    }
+};
+
 template <Kind kKind, int kStep, int kRows>
-INLINE void step(const uint8_t* w, Prefetch prefetch, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, Accumulators<kRows>& acc) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits, lines = int(layout.group_bytes) / 64;
     // Spread over the steps: a burst of prefetches would hold up the loads.
@@ -68,34 +83,33 @@ INLINE void step(const uint8_t* w, Prefetch prefetch, const int8_t* const* q, si
         }
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        const __m512i a = broadcast4(q[m] + k + kStep * 4);
+        const __m512i a = broadcast4(q.row(m) + kStep * 4);
         acc.v[set][m][0] = _mm512_dpbusd_epi32(acc.v[set][m][0], codes[0], a);
         acc.v[set][m][1] = _mm512_dpbusd_epi32(acc.v[set][m][1], codes[1], a);
     }
 }
 
 template <Kind kKind, int kRows, int kFirst, int kLast>
-INLINE void steps(const uint8_t* w, Prefetch prefetch, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
-        step<kKind, kFirst, kRows>(w, prefetch, q, k, acc);
-        steps<kKind, kRows, kFirst + 1, kLast>(w, prefetch, q, k, acc);
+        step<kKind, kFirst, kRows>(w, prefetch, q, acc);
+        steps<kKind, kRows, kFirst + 1, kLast>(w, prefetch, q, acc);
     }
 }
 
 template <int kRows>
-INLINE void start(Accumulators<kRows>& acc, bool has_zero, const int32_t* const* correction, size_t index) {
+INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t>& correction, size_t index) {
     UNROLL for (int m = 0; m < kRows; m++) {
-        const __m512i first = has_zero ? _mm512_set1_epi32(correction[m][index]) : _mm512_setzero_si512();
+        const __m512i first = has_zero ? _mm512_set1_epi32(correction.row(m)[index]) : _mm512_setzero_si512();
         acc.v[0][m][0] = acc.v[0][m][1] = first;
         if constexpr (Accumulators<kRows>::kSets == 2) acc.v[1][m][0] = acc.v[1][m][1] = _mm512_setzero_si512();
     }
 }
 
 template <int kRows>
-INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const float* const* scale, size_t g,
-                   __m512 (*sum)[2]) {
+INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<float>& scale, __m512 (*sum)[2]) {
     UNROLL for (int m = 0; m < kRows; m++) {
-        const __m512 s = _mm512_set1_ps(scale[m][g]);
+        const __m512 s = _mm512_set1_ps(*scale.row(m));
         UNROLL for (int h = 0; h < 2; h++) {
             __m512i dot = acc.v[0][m][h];
             if constexpr (Accumulators<kRows>::kSets == 2) dot = _mm512_add_epi32(dot, acc.v[1][m][h]);
@@ -114,15 +128,12 @@ INLINE __m512 small_signed(const uint8_t* p) {
 template <Kind kKind, int kRows>
 void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr Layout layout = layout_of(kKind);
-    const int8_t* q[kRows];
-    const float *scale[kRows], *scaled_sum[kRows];
-    const int32_t* correction[kRows];
+    constexpr size_t parts = layout.scale == Scale::SuperHalf ? 2 : 1;
+    Cursor<int8_t> q(a.q, a.q_stride, row);
+    Cursor<float> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
+    Cursor<int32_t> correction(a.correction, a.correction_stride, row);
     __m512 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
-        q[m] = a.q + (row + m) * a.q_stride;
-        scale[m] = a.scale + (row + m) * a.scale_stride;
-        scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
-        correction[m] = a.correction + (row + m) * a.correction_stride;
         UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(y + m * y_stride + 16 * h) : _mm512_setzero_ps();
     }
     const uint8_t* super = w;
@@ -138,23 +149,23 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
         Accumulators<kRows> acc;
         __m512 d[2];
         if constexpr (layout.scale == Scale::SuperHalf) {
-            start(acc, true, correction, 2 * g);
-            steps<kKind, kRows, 0, 4>(w, prefetch, q, g * kGroup, acc);
+            start(acc, true, correction, 0);
+            steps<kKind, kRows, 0, 4>(w, prefetch, q, acc);
             UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 16 * h));
-            finish(acc, d, scale, g, sum);
-            start(acc, true, correction, 2 * g + 1);
-            steps<kKind, kRows, 4, 8>(w, prefetch, q, g * kGroup, acc);
+            finish(acc, d, scale, sum);
+            start(acc, true, correction, 1);
+            steps<kKind, kRows, 4, 8>(w, prefetch, q, acc);
             UNROLL for (int h = 0; h < 2; h++) d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_signed(scales + 32 + 16 * h));
-            finish(acc, d, scale, g, sum);
+            finish(acc, d, scale, sum);
         } else {
-            start(acc, layout.zero != 0, correction, g);
-            steps<kKind, kRows, 0, layout.steps()>(w, prefetch, q, g * layout.group, acc);
+            start(acc, layout.zero != 0, correction, 0);
+            steps<kKind, kRows, 0, layout.steps()>(w, prefetch, q, acc);
             UNROLL for (int h = 0; h < 2; h++) {
                 if constexpr (layout.scale == Scale::Super)
                     d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_unsigned(scales + 16 * h));
                 else d[h] = load_half(scales + 32 * h);
             }
-            finish(acc, d, scale, g, sum);
+            finish(acc, d, scale, sum);
         }
         if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
             UNROLL for (int h = 0; h < 2; h++) {
@@ -162,11 +173,16 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
                 if constexpr (layout.scale == Scale::Minimum) minimum = load_half(scales + 64 + 32 * h);
                 else minimum = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(load_half(super + 64 + 32 * h), small_unsigned(scales + 32 + 16 * h)));
                 UNROLL for (int m = 0; m < kRows; m++)
-                    sum[m][h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(scaled_sum[m][g]), sum[m][h]);
+                    sum[m][h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(*scaled_sum.row(m)), sum[m][h]);
             }
         }
         w += layout.group_bytes;
         prefetch.next += layout.group_bytes;
+        asm("" : "+r"(prefetch.lines));   // else every bit is kept apart, in memory
+        q.advance(layout.group);
+        scale.advance(1);
+        if constexpr (layout.zero != 0) correction.advance(parts);
+        else scaled_sum.advance(1);
     }
     UNROLL for (int m = 0; m < kRows; m++) {
         UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(y + m * y_stride + 16 * h, sum[m][h]);
@@ -186,18 +202,15 @@ void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t ro
     }
 }
 
-enum class Element { F32, F16, BF16, I8 };
+enum class Element { F32, F16, BF16 };
 
 template <Element kElement>
 INLINE __m512 load_panel(const void* panel, size_t index) {
     if constexpr (kElement == Element::F32) return _mm512_loadu_ps(static_cast<const float*>(panel) + index);
     if constexpr (kElement == Element::F16) return load_half(static_cast<const uint16_t*>(panel) + index);
-    if constexpr (kElement == Element::BF16) {
-        const void* p = static_cast<const uint16_t*>(panel) + index;
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    return small_signed(static_cast<const uint8_t*>(panel) + index);
+    const void* p = static_cast<const uint16_t*>(panel) + index;
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 template <Element kElement, int kRows>
@@ -232,6 +245,57 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
         case 6: return panel_rows<kElement, 6>(a, a_stride, data, depth, c, c_stride, add);
         case 7: return panel_rows<kElement, 7>(a, a_stride, data, depth, c, c_stride, add);
         default: return panel_rows<kElement, 8>(a, a_stride, data, depth, c, c_stride, add);
+    }
+}
+
+// Signed values of step kStep, half h, of a panel of V.
+template <int kBits, int kStep>
+INLINE __m512i values_at(const uint8_t* panel, int h) {
+    if constexpr (kBits == 8) return load(panel + (2 * kStep + h) * 64);
+    __m512i v = load(panel + (2 * (kStep / 2) + h) * 64);
+    if constexpr (kStep % 2) v = _mm512_srli_epi16(v, 4);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(v, _mm512_set1_epi8(15)));
+}
+
+template <int kBits, int kStep, int kRows>
+INLINE void value_steps(const uint8_t* panel, const WeightPlanes& p, size_t k, __m512i (*high)[2], __m512i (*low)[2]) {
+    if constexpr (kStep < 8) {
+        const __m512i v[2] = {values_at<kBits, kStep>(panel, 0), values_at<kBits, kStep>(panel, 1)};
+        UNROLL for (int m = 0; m < kRows; m++) {
+            const __m512i a = broadcast4(p.high + m * p.stride + k + 4 * kStep), b = broadcast4(p.low + m * p.stride + k + 4 * kStep);
+            UNROLL for (int h = 0; h < 2; h++) {
+                high[m][h] = _mm512_dpbusd_epi32(high[m][h], a, v[h]);
+                low[m][h] = _mm512_dpbusd_epi32(low[m][h], b, v[h]);
+            }
+        }
+        value_steps<kBits, kStep + 1, kRows>(panel, p, k, high, low);
+    }
+}
+
+template <int kBits, int kRows>
+void value_rows(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, const float* scale, float* c, size_t c_stride) {
+    __m512i high[kRows][2], low[kRows][2];
+    UNROLL for (int m = 0; m < kRows; m++) high[m][0] = high[m][1] = low[m][0] = low[m][1] = _mm512_setzero_si512();
+    for (size_t b = 0; b < num_panels; b++) value_steps<kBits, 0, kRows>(panels[b], p, 32 * b, high, low);
+    UNROLL for (int m = 0; m < kRows; m++) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[m][h], 7), low[m][h]);
+            _mm512_storeu_ps(c + m * c_stride + 16 * h, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale[m])));
+        }
+    }
+}
+
+template <int kBits>
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+            size_t c_stride) {
+    switch (num_rows) {
+        case 1: return value_rows<kBits, 1>(panels, num_panels, p, scale, c, c_stride);
+        case 2: return value_rows<kBits, 2>(panels, num_panels, p, scale, c, c_stride);
+        case 3: return value_rows<kBits, 3>(panels, num_panels, p, scale, c, c_stride);
+        case 4: return value_rows<kBits, 4>(panels, num_panels, p, scale, c, c_stride);
+        case 5: return value_rows<kBits, 5>(panels, num_panels, p, scale, c, c_stride);
+        default: return value_rows<kBits, 6>(panels, num_panels, p, scale, c, c_stride);
     }
 }
 
@@ -273,6 +337,20 @@ INLINE void quantize_groups(const float* x, size_t k, int8_t* q, float* scale, i
 void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
     if (group == kWideGroup) quantize_groups<4>(x, k, q, scale, sum16);
     else quantize_groups<2>(x, k, q, scale, sum16);
+}
+
+float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
+    __m512 top = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i)));
+    const float max = _mm512_reduce_max_ps(top);
+    const __m512 inverse = _mm512_set1_ps(max > 0 ? 16383.0f / max : 0);
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i));
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(weight, inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 7)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(_mm512_and_si512(q, _mm512_set1_epi32(127))));
+    }
+    return max / 16383.0f;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -324,10 +402,6 @@ void silu_mul(const float* gate, const float* up, size_t n, float* y) {
         const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, e));
         _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, up + i), silu));
     }
-}
-
-void multiply(float* x, const float* y, size_t n) {
-    for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(y + i)));
 }
 
 void blend(float alpha, float* x, float beta, const float* y, size_t n) {
@@ -386,8 +460,8 @@ const Ops& ops_avx512() {
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
-        panel<Element::I8>,
-        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+        values<8>, values<4>,
+        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

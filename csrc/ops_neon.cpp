@@ -194,7 +194,7 @@ void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t ro
         tile_pass<kKind, kRows>(block, prefetch, first, a, row, y, y_stride, add);
 }
 
-enum class Element { F32, F16, BF16, I8 };
+enum class Element { F32, F16, BF16 };
 
 // Eight values of a panel.
 template <Element kElement>
@@ -202,9 +202,6 @@ INLINE float32x4x2_t load_panel(const void* panel, size_t index) {
     if constexpr (kElement == Element::F32) {
         const float* p = static_cast<const float*>(panel) + index;
         return {vld1q_f32(p), vld1q_f32(p + 4)};
-    } else if constexpr (kElement == Element::I8) {
-        const int16x8_t wide = vmovl_s8(vld1_s8(static_cast<const int8_t*>(panel) + index));
-        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
     } else {
         const uint16x8_t p = vld1q_u16(static_cast<const uint16_t*>(panel) + index);
         if constexpr (kElement == Element::F16) {
@@ -248,6 +245,41 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
         panel_pass<kElement, kRows>(a, a_stride, data, first, depth, c, c_stride, add);
 }
 
+// Signed values of step s for 4 dims, byte offset `lane` of the step's 128, of a panel of V.
+template <int kBits>
+INLINE int8x16_t values_at(const uint8_t* panel, int s, int lane) {
+    if constexpr (kBits == 8) return vld1q_s8(reinterpret_cast<const int8_t*>(panel) + s * 128 + lane);
+    uint8x16_t v = vld1q_u8(panel + s / 2 * 128 + lane);
+    v = s % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
+    return vqtbl1q_s8(vld1q_s8(kNonLinear), v);
+}
+
+// 4 dims at a time; the weights of four steps are one vector, and SDOT takes a lane of it.
+template <int kBits>
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+            size_t c_stride) {
+    for (int row = 0; row < num_rows; row++) {
+        for (int lane = 0; lane < 128; lane += 16) {
+            int32x4_t high = vdupq_n_s32(0), low = high;
+            for (size_t b = 0; b < num_panels; b++) {
+                UNROLL for (int part = 0; part < 2; part++) {
+                    const size_t k = row * p.stride + 32 * b + 16 * part;
+                    const int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(p.high + k)), z = vreinterpretq_s8_u8(vld1q_u8(p.low + k));
+                    const int s = 4 * part;
+                    const int8x16_t v[4] = {values_at<kBits>(panels[b], s, lane), values_at<kBits>(panels[b], s + 1, lane),
+                                            values_at<kBits>(panels[b], s + 2, lane), values_at<kBits>(panels[b], s + 3, lane)};
+                    high = vdotq_laneq_s32(vdotq_laneq_s32(high, v[0], a, 0), v[1], a, 1);
+                    high = vdotq_laneq_s32(vdotq_laneq_s32(high, v[2], a, 2), v[3], a, 3);
+                    low = vdotq_laneq_s32(vdotq_laneq_s32(low, v[0], z, 0), v[1], z, 1);
+                    low = vdotq_laneq_s32(vdotq_laneq_s32(low, v[2], z, 2), v[3], z, 3);
+                }
+            }
+            const int32x4_t sum = vaddq_s32(vshlq_n_s32(high, 7), low);
+            vst1q_f32(c + row * c_stride + lane / 4, vmulq_n_f32(vcvtq_f32_s32(sum), scale[row]));
+        }
+    }
+}
+
 // 16 values to int8 and their sum.
 INLINE int32_t quantize16(const float* x, float inverse, int8_t* q) {
     int32x4_t codes[4];
@@ -281,6 +313,26 @@ void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scal
         for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
+}
+
+float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
+    float32x4_t top = vdupq_n_f32(0);
+    for (size_t i = 0; i < n; i += kLanes) top = vmaxq_f32(top, vmulq_f32(vld1q_f32(p + i), vld1q_f32(scale + i)));
+    const float max = vmaxvq_f32(top), inverse = max > 0 ? 16383.0f / max : 0;
+    for (size_t i = 0; i < n; i += 16) {
+        uint16x8_t words[2];
+        UNROLL for (int j = 0; j < 2; j++) {
+            uint32x4_t q[2];
+            UNROLL for (int h = 0; h < 2; h++) {
+                const size_t at = i + 8 * j + kLanes * h;
+                q[h] = vcvtnq_u32_f32(vmulq_n_f32(vmulq_f32(vld1q_f32(p + at), vld1q_f32(scale + at)), inverse));
+            }
+            words[j] = vmovn_high_u32(vmovn_u32(q[0]), q[1]);
+        }
+        vst1q_u8(high + i, vmovn_high_u16(vmovn_u16(vshrq_n_u16(words[0], 7)), vshrq_n_u16(words[1], 7)));
+        vst1q_u8(low + i, vandq_u8(vmovn_high_u16(vmovn_u16(words[0]), words[1]), vdupq_n_u8(127)));
+    }
+    return max / 16383.0f;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -357,10 +409,6 @@ void silu_mul(const float* gate, const float* up, size_t n, float* y) {
     }
 }
 
-void multiply(float* x, const float* y, size_t n) {
-    for (size_t i = 0; i < n; i += kLanes) vst1q_f32(x + i, vmulq_f32(vld1q_f32(x + i), vld1q_f32(y + i)));
-}
-
 void blend(float alpha, float* x, float beta, const float* y, size_t n) {
     for (size_t i = 0; i < n; i += kLanes)
         vst1q_f32(x + i, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(x + i), alpha), vld1q_f32(y + i), beta));
@@ -430,8 +478,8 @@ const Ops& ops_neon() {
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
-        panel<Element::I8>,
-        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+        values<8>, values<4>,
+        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

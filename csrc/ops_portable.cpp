@@ -77,7 +77,24 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
 }
 
 float load_f32(float x) { return x; }
-float load_i8(int8_t x) { return float(x); }
+
+template <int kBits>
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+            size_t c_stride) {
+    for (int i = 0; i < num_rows; i++) {
+        for (int n = 0; n < int(kBlockColumns); n++) {
+            int32_t sum = 0;
+            for (size_t t = 0; t < 32 * num_panels; t++) {
+                const int32_t weight = 128 * p.high[i * p.stride + t] + p.low[i * p.stride + t];
+                const int s = int(t % 32) / 4, byte = n / 16 * 64 + n % 16 * 4 + int(t % 4);
+                const uint8_t* panel = panels[t / 32];
+                if (kBits == 8) sum += weight * int8_t(panel[s * 128 + byte]);
+                else sum += weight * kNonLinear[(panel[s / 2 * 128 + byte] >> (s % 2 * 4)) & 15];
+            }
+            c[i * c_stride + n] = float(sum) * scale[i];
+        }
+    }
+}
 
 float quantize_vector(const float* x, size_t n, int8_t* q) {
     float max = 0;
@@ -95,6 +112,18 @@ void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scal
     }
 }
 
+float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
+    float max = 0;
+    for (size_t i = 0; i < n; i++) max = std::max(max, p[i] * scale[i]);
+    const float inverse = max > 0 ? 16383.0f / max : 0;
+    for (size_t i = 0; i < n; i++) {
+        const int q = int(std::nearbyint(p[i] * scale[i] * inverse));
+        high[i] = uint8_t(q >> 7);
+        low[i] = uint8_t(q & 127);
+    }
+    return max / 16383.0f;
+}
+
 void to_f16(const float* x, size_t n, uint16_t* y) {
     for (size_t i = 0; i < n; i++) y[i] = to_f16_scalar(x[i]);
 }
@@ -109,10 +138,6 @@ void rms_norm(const float* x, const float* weight, size_t n, float eps, float* y
 
 void silu_mul(const float* gate, const float* up, size_t n, float* y) {
     for (size_t i = 0; i < n; i++) y[i] = up[i] * gate[i] / (1.0f + std::exp(-gate[i]));
-}
-
-void multiply(float* x, const float* y, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] *= y[i];
 }
 
 void blend(float alpha, float* x, float beta, const float* y, size_t n) {
@@ -156,8 +181,8 @@ const Ops& ops_portable() {
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},
-        panel<int8_t, load_i8>,
-        quantize_row, quantize_vector, to_f16, rms_norm, silu_mul, multiply, blend, softmax, spin_int8, read_bytes,
+        values<8>, values<4>,
+        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

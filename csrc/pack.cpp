@@ -101,33 +101,6 @@ void codes_of(Kind kind, const uint8_t* row, size_t g, uint8_t* codes) {
     }
 }
 
-// Interleave one row's codes for 4-way dot products: four codes of a step are one 32-bit word.
-void put_codes(const Layout& layout, size_t n, const uint8_t* codes, uint8_t* group) {
-    const int bits = layout.bits;
-    const size_t half = n / 16, lane = n % 16 * 4;
-    const auto put = [&](size_t vector, uint32_t word) { std::memcpy(group + vector * 64 + lane, &word, 4); };
-    uint32_t step[kWideGroup / 4];
-    std::memcpy(step, codes, layout.group);
-    if (bits == 8) {
-        for (size_t s = 0; s < 8; s++) put(2 * s + half, step[s]);
-        return;
-    }
-    constexpr uint32_t low = 0x0f0f0f0f;
-    for (size_t j = 0; j < layout.group / 8; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
-    const auto high = [&](size_t s) { return (step[s] & ~low) >> 4; };
-    uint32_t word = 0;
-    if (bits == 5) {
-        for (size_t s = 0; s < 8; s++) word |= high(s) << s;
-        put(8 + half, word);
-    }
-    if (bits == 6) {
-        for (size_t i = 0; i < 2; i++, word = 0) {
-            for (size_t s = 0; s < 4; s++) word |= high(4 * i + s) << (2 * s);
-            put(8 + 2 * half + i, word);
-        }
-    }
-}
-
 void put_scales(Kind kind, const Layout& layout, const uint8_t* row, size_t g, size_t n, uint8_t* super, uint8_t* scales) {
     const Stored stored = stored_of(kind);
     const uint8_t* b = row + g * layout.group / stored.values * stored.bytes;
@@ -163,6 +136,32 @@ int value_at(const Layout& layout, const uint8_t* group, size_t i, size_t n) {
 }
 
 }  // namespace
+
+void put_codes(const Layout& layout, size_t n, const uint8_t* codes, uint8_t* group) {
+    const int bits = layout.bits;
+    const size_t half = n / 16, lane = n % 16 * 4;
+    const auto put = [&](size_t vector, uint32_t word) { std::memcpy(group + vector * 64 + lane, &word, 4); };
+    uint32_t step[kWideGroup / 4];
+    std::memcpy(step, codes, layout.group);
+    if (bits == 8) {
+        for (size_t s = 0; s < 8; s++) put(2 * s + half, step[s]);
+        return;
+    }
+    constexpr uint32_t low = 0x0f0f0f0f;
+    for (size_t j = 0; j < layout.group / 8; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
+    const auto high = [&](size_t s) { return (step[s] & ~low) >> 4; };
+    uint32_t word = 0;
+    if (bits == 5) {
+        for (size_t s = 0; s < 8; s++) word |= high(s) << s;
+        put(8 + half, word);
+    }
+    if (bits == 6) {
+        for (size_t i = 0; i < 2; i++, word = 0) {
+            for (size_t s = 0; s < 4; s++) word |= high(4 * i + s) << (2 * s);
+            put(8 + 2 * half + i, word);
+        }
+    }
+}
 
 size_t stored_row_bytes(Kind kind, size_t depth) {
     const Stored stored = stored_of(kind);

@@ -177,11 +177,7 @@ std::vector<uint8_t> encode_panel(const char* format, std::vector<float>& values
     for (float& v : values) {
         uint32_t word = bits_of(v);
         size_t size = 4;
-        if (name == "I8") {
-            v = std::nearbyint(v);
-            word = uint8_t(int8_t(v));
-            size = 1;
-        } else if (name != "F32") {
+        if (name != "F32") {
             word = name == "F16" ? to_f16_scalar(v) : word >> 16;
             v = name == "F16" ? from_f16(uint16_t(word)) : from_bf16(uint16_t(word));
             size = 2;
@@ -310,13 +306,47 @@ void check_silu_mul(Check& check, const Ops& ops) {
     }
 }
 
-void check_multiply(Check& check, const Ops& ops) {
+void check_quantize_weights(Check& check, const Ops& ops) {
     Random random(6);
-    const std::vector<float> y = random.uniforms(96, -5, 5);
-    std::vector<float> x = random.uniforms(112, -5, 5), expected = x;
-    ops.multiply(x.data(), y.data(), 96);
-    ops_portable().multiply(expected.data(), y.data(), 96);
-    check.same(x, expected, "product");
+    for (const size_t n : {32, 96, 256}) {
+        for (const float top : {0.0f, 1e-30f, 1.0f}) {
+            const std::vector<float> p = random.uniforms(n, 0, top), scale = random.uniforms(n, 0, 3);
+            std::vector<uint8_t> high(n + 16, 7), low = high, expected_high = high, expected_low = high;
+            const float unit = ops.quantize_weights(p.data(), scale.data(), n, high.data(), low.data());
+            check.close(unit, ops_portable().quantize_weights(p.data(), scale.data(), n, expected_high.data(), expected_low.data()), 0, "unit");
+            check.same(high, expected_high, "high plane");
+            check.same(low, expected_low, "low plane");
+        }
+    }
+}
+
+// Integer sums: every instruction set gives the same bits, at the ends of the ranges too.
+void check_values(Check& check, ValuesFn values, ValuesFn portable) {
+    Random random(7);
+    for (const bool extreme : {false, true}) {
+        for (size_t num_panels = 1; num_panels <= kMaxPanels; num_panels += 7) {
+            std::vector<std::vector<uint8_t>> data(num_panels);
+            std::vector<const uint8_t*> panels;
+            for (auto& panel : data) {
+                for (size_t i = 0; i < 1024; i++) panel.push_back(uint8_t(extreme ? (i % 2 ? 0x81 : 0) : random.integer(0, 255)));
+                for (uint8_t& code : panel) code = code == 0x80 ? 0 : code;   // int8 codes are -127 .. 127
+                panels.push_back(panel.data());
+            }
+            const size_t stride = 32 * num_panels + 32;
+            std::vector<uint8_t> high, low;
+            for (size_t i = 0; i < kMaxTileRows * stride; i++) {
+                high.push_back(uint8_t(extreme ? 127 : random.integer(0, 127)));
+                low.push_back(uint8_t(extreme ? 127 : random.integer(0, 127)));
+            }
+            const std::vector<float> scale = random.uniforms(kMaxTileRows, 0, 1e-3f);
+            for (int rows = 1; rows <= kMaxTileRows; rows++) {
+                std::vector<float> c(kMaxTileRows * 40, 7), expected = c;
+                values(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
+                portable(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
+                check.same(c, expected, std::to_string(num_panels) + " panels, " + std::to_string(rows) + " rows");
+            }
+        }
+    }
 }
 
 void check_blend(Check& check, const Ops& ops) {
@@ -388,13 +418,14 @@ bool compare(const Ops& ops) {
         if (is_quantized(Kind(kind))) report(std::string("tile ") + name, check_tile, ops, Kind(kind));
         else report(std::string("panel ") + name, check_panel, name, ops.panel[kind], ops_portable().panel[kind]);
     }
-    report("panel I8", check_panel, "I8", ops.panel_i8, ops_portable().panel_i8);
+    report("values 8", check_values, ops.values_8, ops_portable().values_8);
+    report("values 4", check_values, ops.values_4, ops_portable().values_4);
     report("quantize_row", check_quantize_row, ops);
     report("quantize_vector", check_quantize_vector, ops);
     report("to_f16", check_to_f16, ops);
     report("rms_norm", check_rms_norm, ops);
     report("silu_mul", check_silu_mul, ops);
-    report("multiply", check_multiply, ops);
+    report("quantize_weights", check_quantize_weights, ops);
     report("blend", check_blend, ops);
     report("softmax", check_softmax, ops);
     report("calibration", check_calibration, ops);

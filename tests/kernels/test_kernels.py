@@ -150,16 +150,6 @@ HEADS = {
 }
 
 
-def rounded(x: NDArray[np.float32], cache_type: CacheType) -> NDArray[np.float32]:
-    """What the cache makes of keys or values [tokens, heads, head_dim]."""
-    if cache_type is CacheType.F16:
-        return x.astype(np.float16).astype(np.float32)
-    if cache_type is CacheType.Q8:
-        codes, scale = reference.quantize_rows(x, group=x.shape[-1])
-        return codes * scale
-    return x
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cache_type", CacheType, ids=lambda t: t.name)
 @pytest.mark.parametrize("shape", HEADS)
@@ -173,7 +163,11 @@ def test_attention(shape: str, cache_type: CacheType, isa: str) -> None:
     split = qkv.reshape(tokens, -1, dim)
     num_heads, end = heads["num_heads"], heads["num_heads"] + heads["num_kv_heads"]
     query, key = reference.rotate(split[:, :num_heads], cos, sin), reference.rotate(split[:, num_heads:end], cos, sin)
-    arguments = query, rounded(key, cache_type), rounded(split[:, end:], cache_type)
+    arguments = (
+        reference.round_queries(query, cache_type),
+        reference.round_keys(key, cache_type),
+        reference.round_values(split[:, end:], cache_type),
+    )
     positions, window = np.arange(tokens, dtype=np.int32), heads["window"] or None
     naive = reference.attention(*arguments, positions, window).reshape(tokens, -1)
     exact = reference.attention(*(a.astype(np.float64) for a in arguments), positions, window).reshape(tokens, -1)

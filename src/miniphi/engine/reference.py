@@ -69,11 +69,11 @@ class _Step:
         query[...] = reference.rotate(query, self._cos, self._sin)
         key[...] = reference.rotate(key, self._cos, self._sin)
         slots = np.concatenate([self._slots(s)[self._positions(s)] for s in range(len(self._batch.context_lens))])
-        self._cache[layer, 0, slots] = self._rounded(key)
-        self._cache[layer, 1, slots] = self._rounded(value)
+        self._cache[layer, 0, slots] = reference.round_keys(key, self._kv_type)
+        self._cache[layer, 1, slots] = reference.round_values(value, self._kv_type)
 
     def attention(self, qkv: Floats, *, layer: int) -> Floats:
-        query, _, _ = self._heads(qkv)
+        query = reference.round_queries(self._heads(qkv)[0], self._kv_type)
         outputs = []
         for s, (start, stop) in enumerate(zip(self._batch.query_starts, self._batch.query_starts[1:], strict=False)):
             keys, values = self._cache[layer, :, self._slots(s)].swapaxes(0, 1)
@@ -96,11 +96,3 @@ class _Step:
         position = np.arange(self._batch.context_lens[s])
         blocks = self._batch.block_tables[s].astype(np.int64)
         return np.asarray(blocks[position // KV_BLOCK_SIZE] * KV_BLOCK_SIZE + position % KV_BLOCK_SIZE)
-
-    def _rounded(self, x: Floats) -> Floats:
-        if self._kv_type is CacheType.F16:
-            return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
-        if self._kv_type is CacheType.Q8:
-            codes, scale = reference.quantize_rows(x, group=x.shape[-1])
-            return codes * scale.repeat(x.shape[-1], axis=-1).reshape(x.shape)
-        return x

@@ -62,13 +62,19 @@ class Kind(IntEnum):
         """Whether products with this matrix use int8 activations."""
         return self >= Kind.Q8_0
 
+    @property
+    def activation_group(self) -> int:
+        """How many activations share one int8 scale in products with this matrix."""
+        return 64 if self is Kind.NL4 else 32
+
 
 class CacheType(IntEnum):
-    """How keys and values are stored, numbered as in csrc/attention.h."""
+    """How keys and values are stored, numbered as in csrc/kv_cache.h."""
 
     F32 = 0
     F16 = 1
     Q8 = 2
+    Q4 = 3
 
     @classmethod
     def parse(cls, name: str) -> "CacheType":
@@ -150,7 +156,7 @@ def matmul(
 ) -> NDArray[np.float32]:
     """Return x [rows, K] times the transposed matrices, side by side: [rows, sum of N].
 
-    Where a matrix is quantised, x is rounded to int8 in groups of 32; `fine` gives it a second int8 plane for the rest.
+    Where a matrix is quantised, x is rounded to int8 in groups; `fine` gives it a second int8 plane for the rest.
     """
     return _native.matmul(list(matrices), x, fine, selected_isa(isa), num_threads)
 

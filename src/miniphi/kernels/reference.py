@@ -7,9 +7,10 @@ kernels do, so that it shows their error apart from the format's. Knows no model
 import numpy as np
 from numpy.typing import NDArray
 
-from miniphi.kernels import Kind, PackedMatrix
+from miniphi.kernels import CacheType, Kind, PackedMatrix
 
 __all__ = [
+    "NON_LINEAR",
     "attention",
     "matmul",
     "packed_matmul",
@@ -17,12 +18,21 @@ __all__ = [
     "quantized_matmul",
     "rms_norm",
     "rotate",
+    "round_keys",
+    "round_queries",
+    "round_values",
     "silu_mul",
 ]
 
 Floats = NDArray[np.float32]
 GROUP = 32
 """Values that share one activation scale; csrc/blocks.h::kGroup."""
+
+NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+"""What the codes of IQ4_NL and NL4 stand for; csrc/blocks.h::kNonLinear."""
+
+HADAMARD = np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(GROUP)] for i in range(GROUP)], np.float32)
+HADAMARD /= np.sqrt(np.float32(GROUP))
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -73,20 +83,67 @@ def quantize_rows(x: Floats, group: int = GROUP) -> tuple[NDArray[np.int8], Floa
     return codes.reshape(x.shape), (top / np.float32(127))[..., 0]
 
 
+def round_keys(x: Floats, cache_type: CacheType) -> Floats:
+    """Return what the cache makes of keys [..., head_dim]; int8 in groups of 32, or 4-bit codes of the rotated keys."""
+    if cache_type is CacheType.Q8:
+        return _int8(x, GROUP)
+    return _rotated_non_linear(x) if cache_type is CacheType.Q4 else _half(x, cache_type)
+
+
+def round_values(x: Floats, cache_type: CacheType) -> Floats:
+    """Return what the cache makes of values [..., head_dim]; int8 with one scale, or as keys."""
+    return _int8(x, x.shape[-1]) if cache_type is CacheType.Q8 else round_keys(x, cache_type)
+
+
+def round_queries(x: Floats, cache_type: CacheType) -> Floats:
+    """Return what attention over such a cache makes of queries [..., head_dim]: int8 where the cache is quantised."""
+    if cache_type is CacheType.Q4:
+        return _rotate_groups(_int8(_rotate_groups(_padded(x, GROUP)), GROUP))[..., : x.shape[-1]]
+    return _int8(x, GROUP) if cache_type is CacheType.Q8 else x
+
+
+def _half(x: Floats, cache_type: CacheType) -> Floats:
+    return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32) if cache_type is CacheType.F16 else x
+
+
+def _padded(x: Floats, group: int) -> Floats:
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
+
+
+def _int8(x: Floats, group: int) -> Floats:
+    codes, scale = quantize_rows(_padded(x, group), group)
+    rounded = codes * np.repeat(scale.astype(np.float16).astype(np.float32), group, axis=-1)
+    return np.asarray(rounded[..., : x.shape[-1]])
+
+
+def _rotate_groups(x: Floats) -> Floats:
+    return np.asarray((x.reshape(*x.shape[:-1], -1, GROUP) @ HADAMARD).reshape(x.shape))
+
+
+def _rotated_non_linear(x: Floats) -> Floats:
+    groups = _rotate_groups(_padded(x, GROUP)).reshape(*x.shape[:-1], -1, GROUP)
+    top = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+    inverse = np.divide(np.where(top > 0, NON_LINEAR[-1], -NON_LINEAR[0]), np.abs(top), out=np.zeros_like(top), where=top != 0)
+    codes = NON_LINEAR[np.abs(np.rint(groups * inverse)[..., None] - NON_LINEAR).argmin(axis=-1)]
+    scale = (groups * codes).sum(axis=-1, keepdims=True) / np.square(codes).sum(axis=-1, keepdims=True)
+    rounded = codes * scale.astype(np.float16).astype(np.float32)
+    return _rotate_groups(rounded.reshape(*x.shape[:-1], -1))[..., : x.shape[-1]]
+
+
 def matmul(x: Floats, weight: Floats) -> Floats:
     """Return x weight^T in float32."""
     return x @ weight.T
 
 
-def quantized_matmul(x: Floats, weight: Floats, *, fine: bool = False) -> Floats:
-    """Return x weight^T with x rounded to int8 in groups of 32, as every quantised kernel does.
+def quantized_matmul(x: Floats, weight: Floats, *, group: int = GROUP, fine: bool = False) -> Floats:
+    """Return x weight^T with x rounded to int8 in groups, as every quantised kernel does.
 
     `fine` adds a second plane of codes for what the first left over.
     """
     rounded = np.zeros_like(x)
     for _ in range(2 if fine else 1):
-        codes, scale = quantize_rows(x - rounded)
-        rounded += codes * np.repeat(scale, GROUP, axis=-1)
+        codes, scale = quantize_rows(x - rounded, group)
+        rounded += codes * np.repeat(scale, group, axis=-1)
     return rounded @ weight.T
 
 
@@ -94,4 +151,4 @@ def packed_matmul(x: Floats, matrix: PackedMatrix, *, fine: bool = False) -> Flo
     """Return what the native matmul computes, with the rounding that belongs to the matrix's format."""
     if not Kind(matrix.kind).is_quantized:
         return matmul(x, matrix.unpack())
-    return quantized_matmul(x, matrix.unpack(), fine=fine)
+    return quantized_matmul(x, matrix.unpack(), group=Kind(matrix.kind).activation_group, fine=fine)

@@ -1,0 +1,166 @@
+#include "kv_cache.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "pack.h"
+
+namespace miniphi {
+namespace {
+
+constexpr size_t kMaxDim = 512;
+
+Kind key_kind_of(CacheType type) {
+    constexpr Kind kinds[kNumCacheTypes] = {Kind::F32, Kind::F16, Kind::Q8_0, Kind::IQ4_NL};
+    return kinds[int(type)];
+}
+
+// Bytes of 32 tokens x 32 dims of V, scales apart.
+size_t value_panel_bytes_of(CacheType type) {
+    const Kind kind = key_kind_of(type);
+    return is_quantized(kind) ? layout_of(kind).code_bytes() : 32 * kCacheBlock * float_bytes(kind);
+}
+
+size_t key_bytes_of(const HeadShape& shape, CacheType type) {
+    const Kind kind = key_kind_of(type);
+    return block_bytes(kind, is_quantized(kind) ? shape.padded_dim() : shape.head_dim);
+}
+
+// kNonLinear's nearest index for every value of -128 .. 127.
+constexpr std::array<uint8_t, 256> nearest_codes() {
+    std::array<uint8_t, 256> nearest{};
+    for (int value = -128; value < 128; value++) {
+        int best = 0;
+        for (int code = 1; code < 16; code++) {
+            const int distance = value > kNonLinear[code] ? value - kNonLinear[code] : kNonLinear[code] - value;
+            const int least = value > kNonLinear[best] ? value - kNonLinear[best] : kNonLinear[best] - value;
+            if (distance < least) best = code;
+        }
+        nearest[size_t(value + 128)] = uint8_t(best);
+    }
+    return nearest;
+}
+
+// 32 values as non-linear codes with the scale that fits these codes best (least squares).
+float quantize_non_linear(const float* x, uint8_t* codes) {
+    static constexpr std::array<uint8_t, 256> nearest = nearest_codes();
+    float top = 0;
+    for (size_t i = 0; i < 32; i++)
+        if (std::fabs(x[i]) > std::fabs(top)) top = x[i];
+    // The value that stands out takes the outermost code of its sign: scales are positive.
+    const float inverse = top > 0 ? 113.0f / top : top < 0 ? -127.0f / top : 0;
+    float fit = 0, square = 0;
+    for (size_t i = 0; i < 32; i++) {
+        float scaled = x[i] * inverse;
+        scaled = scaled > -127.0f ? std::min(scaled, 127.0f) : -127.0f;   // NaN too
+        codes[i] = nearest[size_t(int(std::nearbyint(scaled)) + 128)];
+        const float value = kNonLinear[codes[i]];
+        fit += x[i] * value;
+        square += value * value;
+    }
+    return fit / square;
+}
+
+void put_half(uint8_t* p, float value) {
+    const uint16_t half = to_f16_scalar(value);
+    std::memcpy(p, &half, 2);
+}
+
+}  // namespace
+
+void hadamard(float* x, size_t n) {
+    for (float* group = x; group < x + n; group += 32) {
+        for (size_t width = 16; width > 0; width /= 2) {
+            for (size_t i = 0; i < 32; i += 2 * width) {
+                for (size_t j = i; j < i + width; j++) {
+                    const float a = group[j], b = group[j + width];
+                    group[j] = a + b;
+                    group[j + width] = a - b;
+                }
+            }
+        }
+        for (size_t i = 0; i < 32; i++) group[i] *= 0.17677669529663687f;   // 1 / sqrt(32)
+    }
+}
+
+KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
+    : shape_(shape),
+      type_(type),
+      num_blocks_(num_blocks),
+      key_bytes_(key_bytes_of(shape, type)),
+      value_panel_bytes_(value_panel_bytes_of(type)),
+      head_bytes_(head_bytes(shape, type)),
+      memory_(shape.num_layers * num_blocks * shape.num_kv_heads * head_bytes_) {}
+
+Kind KvCache::key_kind() const { return key_kind_of(type_); }
+
+size_t KvCache::head_bytes(const HeadShape& shape, CacheType type) {
+    const size_t panels = shape.padded_dim() / 32;
+    const size_t scales = type == CacheType::Q8 ? 1 : type == CacheType::Q4 ? panels : 0;
+    return key_bytes_of(shape, type) + panels * value_panel_bytes_of(type) + scales * kCacheBlock * 2;
+}
+
+void KvCache::put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
+    if (is_quantized()) return put_quantized(ops, head, slot, key, value);
+    uint8_t* values = head + key_bytes_;
+    const size_t dim = shape_.head_dim;
+    // Keys go to column `slot` of their panel; values to row `slot` of each 32-wide panel.
+    const auto scatter = [&](auto* keys, auto* panels, const auto* k, const auto* v) {
+        for (size_t i = 0; i < dim; i++) keys[i * kCacheBlock + slot] = k[i];
+        for (size_t i = 0; i < dim; i++) panels[(i / 32 * kCacheBlock + slot) * 32 + i % 32] = v[i];
+    };
+    if (type_ == CacheType::F32) {
+        scatter(reinterpret_cast<float*>(head), reinterpret_cast<float*>(values), key, value);
+    } else {
+        uint16_t k[kMaxDim], v[kMaxDim];
+        ops.to_f16(key, dim, k);
+        ops.to_f16(value, dim, v);
+        scatter(reinterpret_cast<uint16_t*>(head), reinterpret_cast<uint16_t*>(values), k, v);
+    }
+}
+
+void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
+    const size_t padded = shape_.padded_dim();
+    const bool four = type_ == CacheType::Q4;
+    const Layout layout = layout_of(key_kind());
+    float k[kMaxDim] = {}, v[kMaxDim] = {}, key_scale[kMaxDim / 32], value_scale[kMaxDim / 32];
+    uint8_t key_code[kMaxDim], value_code[kMaxDim];
+    std::copy_n(key, shape_.head_dim, k);
+    std::copy_n(value, shape_.head_dim, v);
+    if (four) {
+        hadamard(k, padded);
+        hadamard(v, padded);
+        for (size_t g = 0; g < padded / 32; g++) {
+            key_scale[g] = quantize_non_linear(k + 32 * g, key_code + 32 * g);
+            value_scale[g] = quantize_non_linear(v + 32 * g, value_code + 32 * g);
+        }
+    } else {
+        int32_t sums[kMaxDim / 16];
+        ops.quantize_row(k, padded, kGroup, reinterpret_cast<int8_t*>(key_code), key_scale, sums);
+        for (size_t i = 0; i < padded; i++) key_code[i] ^= 0x80;   // code + 128
+        value_scale[0] = ops.quantize_vector(v, padded, reinterpret_cast<int8_t*>(value_code));
+    }
+    // The token is row `slot` of K's column block: in every step, 4 codes are one 32-bit word.
+    for (size_t g = 0; g < padded / 32; g++) {
+        uint8_t* group = head + g * layout.group_bytes;
+        put_codes(layout, slot, key_code + 32 * g, group);
+        put_half(group + layout.code_bytes() + 2 * slot, key_scale[g]);
+    }
+    // It is one k of V's panels: byte slot % 4 of step slot / 4, for every dim.
+    const size_t step = slot / 4;
+    for (size_t i = 0; i < padded; i++) {
+        uint8_t* panel = head + value_panel(i / 32) + i % 32 / 16 * 64 + i % 16 * 4 + slot % 4;
+        if (!four) {
+            panel[step * 128] = value_code[i];
+        } else {
+            uint8_t& pair = panel[step / 2 * 128];
+            pair = step % 2 ? uint8_t((pair & 15) | (value_code[i] << 4)) : uint8_t((pair & 0xf0) | value_code[i]);
+        }
+    }
+    for (size_t g = 0; g < value_groups(); g++) put_half(head + value_scales(g) + 2 * slot, value_scale[g]);
+}
+
+}  // namespace miniphi

@@ -1,0 +1,66 @@
+// The paged key/value cache.
+//
+// [layer][block][kv head] holds 32 tokens of one head, contiguous, every part a multiple of 64 bytes:
+//
+//   F32, F16   K as a panel [head_dim][32 tokens], V as panels [head_dim / 32][32 tokens][32 dims]
+//   Q8, Q4     K as a column block of blocks.h whose 32 rows are the tokens: Q8_0 or IQ4_NL, one scale per token and 32
+//              dims; V as panels [head_dim / 32] of the same codes with roles exchanged (32 dims are the rows, 32 tokens
+//              the depth), signed, without scales; then f16 scales [groups][32 tokens], one group per head for Q8 and one
+//              per 32 dims for Q4.
+//
+// So scores are a quantised tile or a panel product over K, and outputs one over V. Q4 keeps keys and values rotated by a
+// Hadamard matrix in groups of 32 dims, which spreads a channel that stands out over its neighbours; queries are rotated
+// alike, outputs back.
+#pragma once
+#include "matmul.h"
+
+namespace miniphi {
+
+constexpr size_t kCacheBlock = 32;     // tokens; kernels/__init__.py::KV_BLOCK_SIZE
+
+enum class CacheType : int { F32, F16, Q8, Q4 };
+constexpr int kNumCacheTypes = 4;
+
+// What attention and the cache need to know of the model.
+struct HeadShape {
+    size_t num_layers, num_heads, num_kv_heads, head_dim, rotary_dim;
+    size_t window;   // a query sees keys at distance < window; 0 = all
+    size_t group() const { return num_heads / num_kv_heads; }
+    size_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
+    size_t query_width() const { return num_heads * head_dim; }
+    size_t kv_width() const { return num_kv_heads * head_dim; }
+};
+
+// x[n] times the orthonormal Hadamard matrix in groups of 32; its own inverse. n is a multiple of 32.
+void hadamard(float* x, size_t n);
+
+class KvCache {
+public:
+    KvCache(const HeadShape& shape, CacheType type, size_t num_blocks);
+    static size_t head_bytes(const HeadShape& shape, CacheType type);   // of one kv head of one block of one layer
+
+    CacheType type() const { return type_; }
+    bool is_quantized() const { return type_ == CacheType::Q8 || type_ == CacheType::Q4; }
+    size_t num_blocks() const { return num_blocks_; }
+    uint8_t* head(size_t layer, size_t block, size_t kv_head) const {
+        return memory_.data() + ((layer * num_blocks_ + block) * shape_.num_kv_heads + kv_head) * head_bytes_;
+    }
+    // Where panel `index` of V starts in a head, and for the quantised types the scales of a group of V's dims.
+    size_t value_panel(size_t index) const { return key_bytes_ + index * value_panel_bytes_; }
+    size_t value_scales(size_t group) const { return value_panel(shape_.padded_dim() / 32) + group * kCacheBlock * 2; }
+    size_t value_groups() const { return type_ == CacheType::Q4 ? shape_.padded_dim() / 32 : 1; }
+    Kind key_kind() const;   // the format of K: what its tile or panel kernel is called
+
+    // Write the key and value of one token, head_dim floats each.
+    void put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const;
+
+private:
+    void put_quantized(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const;
+
+    const HeadShape shape_;
+    const CacheType type_;
+    const size_t num_blocks_, key_bytes_, value_panel_bytes_, head_bytes_;
+    Memory memory_;
+};
+
+}  // namespace miniphi
