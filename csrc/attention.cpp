@@ -67,7 +67,7 @@ void Attention::plan(const Sequences& s) {
 void Attention::rope_and_append(const Sequences& s, size_t layer, float* qkv, int thread, int num_threads) const {
     const size_t dim = shape_.head_dim, half = shape_.rotary_dim / 2;
     const size_t width = shape_.query_width() + 2 * shape_.kv_width();
-    const auto rotate = [&](float* x, const float* cos, const float* sin) {
+    const auto rotate = [half](float* __restrict x, const float* __restrict cos, const float* __restrict sin) {
         for (size_t i = 0; i < half; i++) {
             const float a = x[i], b = x[i + half];
             x[i] = a * cos[i] - b * sin[i];

@@ -126,10 +126,10 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
     const size_t padded = shape_.padded_dim();
     const bool four = type_ == CacheType::Q4;
     const Layout layout = layout_of(key_kind());
-    float k[kMaxDim] = {}, v[kMaxDim] = {}, key_scale[kMaxDim / 32], value_scale[kMaxDim / 32];
+    float k[kMaxDim], v[kMaxDim], key_scale[kMaxDim / 32], value_scale[kMaxDim / 32];
     uint8_t key_code[kMaxDim], value_code[kMaxDim];
-    std::copy_n(key, shape_.head_dim, k);
-    std::copy_n(value, shape_.head_dim, v);
+    for (float* padding : {std::copy_n(key, shape_.head_dim, k), std::copy_n(value, shape_.head_dim, v)})
+        std::fill_n(padding, padded - shape_.head_dim, 0.0f);
     if (four) {
         hadamard(k, padded);
         hadamard(v, padded);
@@ -151,14 +151,15 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
     }
     // It is one k of V's panels: byte slot % 4 of step slot / 4, for every dim.
     const size_t step = slot / 4;
-    for (size_t i = 0; i < padded; i++) {
-        uint8_t* panel = head + value_panel(i / 32) + i % 32 / 16 * 64 + i % 16 * 4 + slot % 4;
-        if (!four) {
-            panel[step * 128] = value_code[i];
-        } else {
-            uint8_t& pair = panel[step / 2 * 128];
-            pair = step % 2 ? uint8_t((pair & 15) | (value_code[i] << 4)) : uint8_t((pair & 0xf0) | value_code[i]);
-        }
+    for (size_t i = 0; i < padded; i += 32) {
+        const uint8_t* code = value_code + i;
+        uint8_t* to = head + value_panel(i / 32) + (four ? step / 2 : step) * 128 + slot % 4;   // dim n's byte is at 4 n
+        if (!four)
+            for (size_t n = 0; n < 32; n++) to[4 * n] = code[n];
+        else if (step % 2)
+            for (size_t n = 0; n < 32; n++) to[4 * n] = uint8_t((to[4 * n] & 15) | (code[n] << 4));
+        else
+            for (size_t n = 0; n < 32; n++) to[4 * n] = uint8_t((to[4 * n] & 0xf0) | code[n]);
     }
     for (size_t g = 0; g < value_groups(); g++) put_half(head + value_scales(g) + 2 * slot, value_scale[g]);
 }

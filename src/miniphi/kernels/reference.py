@@ -123,7 +123,9 @@ def _rotate_groups(x: Floats) -> Floats:
 def _rotated_non_linear(x: Floats) -> Floats:
     groups = _rotate_groups(_padded(x, GROUP)).reshape(*x.shape[:-1], -1, GROUP)
     top = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
-    inverse = np.divide(np.where(top > 0, NON_LINEAR[-1], -NON_LINEAR[0]), np.abs(top), out=np.zeros_like(top), where=top != 0)
+    inverse = np.divide(
+        np.where(top > 0, NON_LINEAR[-1], -NON_LINEAR[0]), np.abs(top), out=np.zeros_like(top), where=top != 0
+    )
     codes = NON_LINEAR[np.abs(np.rint(groups * inverse)[..., None] - NON_LINEAR).argmin(axis=-1)]
     scale = (groups * codes).sum(axis=-1, keepdims=True) / np.square(codes).sum(axis=-1, keepdims=True)
     rounded = codes * scale.astype(np.float16).astype(np.float32)
