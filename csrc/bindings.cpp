@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -33,6 +34,8 @@ void require(bool condition, const std::string& message) {
 
 std::string text(size_t value) { return std::to_string(value); }
 
+constexpr size_t kLine = 64;   // what blocks are aligned to
+
 Kind checked_kind(int kind) {
     require(kind >= 0 && kind < kNumKinds, "weight format " + std::to_string(kind) + " is unknown");
     return Kind(kind);
@@ -47,10 +50,13 @@ nb::object new_array(std::vector<size_t> shape, T** data) {
     return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.data(), owner));
 }
 
+// What depth a matrix must be a multiple of.
+size_t depth_unit(Kind kind) { return is_quantized(kind) ? (layout_of(kind).super_bytes ? kSuperGroups * kGroup : layout_of(kind).group) : 1; }
+
 std::unique_ptr<PackedMatrix> pack(Packer& packer, int kind_number, ConstArray<uint8_t, 2> stored, size_t depth,
                                    std::optional<ConstArray<int32_t, 1>> row_order) {
     const Kind kind = checked_kind(kind_number);
-    const size_t rows = stored.shape(0), unit = is_quantized(kind) ? (layout_of(kind).super_bytes ? 256 : layout_of(kind).group) : 1;
+    const size_t rows = stored.shape(0), unit = depth_unit(kind);
     require(rows > 0 && depth > 0, "a matrix needs rows and columns, got " + text(rows) + " x " + text(depth));
     require(depth % unit == 0, "rows of " + text(depth) + " values are not whole blocks of " + text(unit));
     require(stored.shape(1) == stored_row_bytes(kind, depth),
@@ -63,6 +69,40 @@ std::unique_ptr<PackedMatrix> pack(Packer& packer, int kind_number, ConstArray<u
     }
     nb::gil_scoped_release release;
     return packer.pack(kind, stored.data(), rows, depth, order);
+}
+
+// A matrix that lies packed in a mapped file; everything the file says of it is checked here.
+std::unique_ptr<PackedMatrix> map_matrix(const std::shared_ptr<Memory>& file, int kind_number, size_t rows, size_t depth, size_t offset) {
+    constexpr size_t kMaxSide = size_t(1) << 28;   // products of two sides stay far below 2^64
+    const Kind kind = checked_kind(kind_number);
+    require(rows > 0 && depth > 0 && rows <= kMaxSide && depth <= kMaxSide && depth % depth_unit(kind) == 0,
+            "no matrix has the shape " + text(rows) + " x " + text(depth));
+    auto matrix = std::make_unique<PackedMatrix>(PackedMatrix{kind, rows, depth, file, nullptr});
+    require(offset % kLine == 0 && offset <= file->size() && matrix->num_bytes() <= file->size() - offset,
+            "a matrix of " + text(matrix->num_bytes()) + " bytes at " + text(offset) + " does not fit the file");
+    matrix->data = file->data() + offset;
+    return matrix;
+}
+
+nb::object packed_bytes(nb::handle_t<PackedMatrix> self) {
+    const PackedMatrix& matrix = nb::cast<const PackedMatrix&>(self);
+    const size_t shape[1] = {matrix.num_bytes()};
+    return nb::cast(nb::ndarray<nb::numpy, const uint8_t>(matrix.data, 1, shape, self));
+}
+
+// A number that changes whenever the packed layout of a kind does: a hash of one packed block.
+uint64_t layout_fingerprint(int kind_number) {
+    const Kind kind = checked_kind(kind_number);
+    const size_t depth = kSuperGroups * kGroup, row_bytes = stored_row_bytes(kind, depth);
+    std::vector<uint8_t> stored(kBlockColumns * row_bytes), block(block_bytes(kind, depth));
+    uint32_t state = 1;
+    for (uint8_t& byte : stored) byte = uint8_t((state = state * 1664525u + 1013904223u) >> 24);
+    const uint8_t* rows[kBlockColumns];
+    for (size_t n = 0; n < kBlockColumns; n++) rows[n] = stored.data() + n * row_bytes;
+    pack_block(kind, rows, depth, block.data());
+    uint64_t hash = 14695981039346656037u;   // FNV-1a
+    for (uint8_t byte : block) hash = (hash ^ byte) * 1099511628211u;
+    return hash;
 }
 
 nb::object unpack(const PackedMatrix& matrix) {
@@ -344,8 +384,14 @@ NB_MODULE(_native, m) {
         .def_ro("rows", &PackedMatrix::rows)
         .def_ro("depth", &PackedMatrix::depth)
         .def_prop_ro("kind", [](const PackedMatrix& matrix) { return int(matrix.kind); })
-        .def_prop_ro("num_bytes", [](const PackedMatrix& matrix) { return matrix.num_blocks() * block_bytes(matrix.kind, matrix.depth); })
+        .def_prop_ro("num_bytes", &PackedMatrix::num_bytes)
+        .def_prop_ro("packed_bytes", &packed_bytes)
         .def("unpack", &unpack);
+    nb::class_<Memory>(m, "MappedFile")
+        .def(nb::new_([](int descriptor, size_t num_bytes) { return std::make_shared<Memory>(descriptor, num_bytes); }),
+             "descriptor"_a, "num_bytes"_a)
+        .def("matrix", &map_matrix, "kind"_a, "rows"_a, "depth"_a, "offset"_a);
+    m.def("layout_fingerprint", &layout_fingerprint, "kind"_a);
     nb::class_<Packer>(m, "Packer")
         .def(nb::init<int>(), "num_threads"_a)
         .def("pack", &pack, "kind"_a, "stored"_a.noconvert(), "depth"_a, "row_order"_a.noconvert().none());

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <new>
+#include <system_error>
 
 #include "pack.h"
 
@@ -16,6 +17,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kStripBlocks = 2;
 constexpr size_t kPanelBytes = size_t(384) << 10;
 constexpr size_t kPackerPiece = size_t(64) << 20;
+constexpr size_t kPopulateStep = size_t(16) << 20;
 
 // Which correction array a kind reads, or -1 if its format has a minimum instead of a zero point.
 int zero_index(Kind kind) {
@@ -30,26 +32,65 @@ int zero_index(Kind kind) {
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : bytes_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
-    // Over-allocate address space by one huge page to align, then give the ends back.
-    void* raw = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+namespace {
+
+// Address space of whole huge pages, aligned to them.
+uint8_t* reserve(size_t bytes, int protection) {
+    // One huge page more than needed, to align; then the ends are given back.
+    void* raw = mmap(nullptr, bytes + kHugePage, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t start = reinterpret_cast<uintptr_t>(raw), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
     if (aligned > start) munmap(raw, aligned - start);
     const size_t tail = start + kHugePage - aligned;
-    if (tail > 0) munmap(reinterpret_cast<void*>(aligned + bytes_), tail);
-    data_ = reinterpret_cast<uint8_t*>(aligned);
+    if (tail > 0) munmap(reinterpret_cast<void*>(aligned + bytes), tail);
+    return reinterpret_cast<uint8_t*>(aligned);
+}
+
+size_t whole_huge_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : data_(reserve(whole_huge_pages(bytes), PROT_READ | PROT_WRITE)), bytes_(whole_huge_pages(bytes)) {
 #ifdef MADV_HUGEPAGE
     madvise(data_, bytes_, MADV_HUGEPAGE);
 #endif
 }
 
-Memory::~Memory() { munmap(data_, bytes_); }
+Memory::Memory(int descriptor, size_t bytes) : data_(reserve(whole_huge_pages(bytes), PROT_NONE)), bytes_(bytes) {
+    if (mmap(data_, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor, 0) == MAP_FAILED) {
+        munmap(data_, whole_huge_pages(bytes));
+        throw std::bad_alloc();
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(data_, bytes_, MADV_HUGEPAGE);   // read from the disk in huge pages too
+#endif
+    try {
+        populating_ = std::thread([this] { populate(); });
+    } catch (const std::system_error&) {
+        // No thread to be had: pages come as they are touched.
+    }
+}
+
+// In steps, so that it can be ended, and so that nobody who maps something else waits long.
+void Memory::populate() {
+#ifdef MADV_POPULATE_READ
+    for (size_t done = 0; done < bytes_ && !stop_.load(std::memory_order_relaxed); done += kPopulateStep)
+        if (madvise(data_ + done, std::min(kPopulateStep, bytes_ - done), MADV_POPULATE_READ) != 0) break;
+#else
+    madvise(data_, bytes_, MADV_WILLNEED);
+#endif
+}
+
+Memory::~Memory() {
+    stop_ = true;
+    if (populating_.joinable()) populating_.join();
+    munmap(data_, whole_huge_pages(bytes_));
+}
 
 std::unique_ptr<PackedMatrix> Packer::pack(Kind kind, const uint8_t* stored, size_t rows, size_t depth,
                                            const int32_t* row_order) {
     auto matrix = std::make_unique<PackedMatrix>(PackedMatrix{kind, rows, depth, nullptr, nullptr});
-    const size_t row_bytes = stored_row_bytes(kind, depth), bytes = matrix->num_blocks() * block_bytes(kind, depth);
+    const size_t row_bytes = stored_row_bytes(kind, depth), bytes = matrix->num_bytes();
     if (!memory_ || used_ + bytes > memory_->size()) {
         memory_ = std::make_shared<Memory>(std::max(bytes, kPackerPiece));
         used_ = 0;

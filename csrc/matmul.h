@@ -7,7 +7,9 @@
 // 1/60000 of a group's maximum instead of 1/250. It costs a second row of products and no more memory traffic, so the
 // logits are computed this way.
 #pragma once
+#include <atomic>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "ops.h"
@@ -15,11 +17,15 @@
 
 namespace miniphi {
 
-// Anonymous memory on huge pages where the system allows: the read rate of weights depends on it. Starts as zeros;
-// pages that are never touched cost nothing.
+// Memory on huge pages where the system allows: the read rate of weights depends on it. Either anonymous, which starts
+// as zeros and costs nothing where it is never touched, or the whole of a file, read-only: then the pages are those of
+// the system's file cache, and huge ones where the file was written in whole multiples of them.
 class Memory {
 public:
     explicit Memory(size_t bytes);
+    // Maps the file behind a descriptor, which may be closed afterwards, and makes it present in a thread of its own.
+    // Throws std::bad_alloc where the system refuses.
+    Memory(int descriptor, size_t bytes);
     ~Memory();
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
@@ -27,8 +33,12 @@ public:
     size_t size() const { return bytes_; }
 
 private:
+    void populate();
+
     uint8_t* data_ = nullptr;
     size_t bytes_ = 0;
+    std::atomic<bool> stop_{false};
+    std::thread populating_;
 };
 
 struct PackedMatrix {
@@ -39,6 +49,7 @@ struct PackedMatrix {
 
     size_t num_blocks() const { return (rows + kBlockColumns - 1) / kBlockColumns; }
     uint8_t* block(size_t index) const { return data + index * block_bytes(kind, depth); }
+    size_t num_bytes() const { return num_blocks() * block_bytes(kind, depth); }
 };
 
 // Packs one matrix after the other into large pieces of memory: small matrices share huge pages.

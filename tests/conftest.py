@@ -1,8 +1,12 @@
 """What every test can rely on."""
 
+import os
 import signal
 
 import pytest
+
+# Tests load models by the dozen; those of the packed copies turn them on, in a cache of their own.
+os.environ["MINIPHI_PACKED_COPY"] = "0"
 
 
 @pytest.fixture(scope="session", autouse=True)

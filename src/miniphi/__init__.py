@@ -12,6 +12,8 @@ Importing the package costs almost nothing: a public name loads its module when 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from miniphi.version import __version__
+
 if TYPE_CHECKING:
     from miniphi.chat import ChatTemplate, Message
     from miniphi.checkpoint import open_checkpoint
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
         load,
     )
     from miniphi.tokenizer import Tokenizer
-
-__version__ = "0.1.0"
 
 _ROOMS = {
     "miniphi.chat": ("ChatTemplate", "Message"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from miniphi.kernels import measure_machine
+from miniphi.models import MachineMemory
 from tests.checkpoint.tiny_models import tiny_config
 from tests.fake_llm import write_tiny_model
 
@@ -77,6 +78,19 @@ def test_the_whole_context_can_be_measured(run: Run, tiny_entry: None) -> None:
     assert result.code == 1
     assert not result.out
     assert result.error == "--prompt 255 and --tokens 2 need a context of 257 tokens; this model's is 256"
+
+
+@pytest.mark.parametrize("source", ["synthetic", "folder"])
+def test_what_does_not_fit_the_memory_is_refused_first(
+    source: str, run: Run, tiny_entry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = MachineMemory(total_bytes=1 << 20, available_bytes=1 << 20)
+    monkeypatch.setattr("miniphi.engine.program.machine_memory", lambda: small)
+    model = ("--synthetic", "tiny") if source == "synthetic" else (str(write_tiny_model(tmp_path / "tiny")),)
+    result = run("bench", *model, "--streams", "600", "--tokens", "2", "--prompt", "40")
+    assert result.code == 1
+    assert "bytes of cache; the weights of" in result.err
+    assert "of this machine's memory" in result.err
 
 
 def test_unknown_models_are_one_line(run: Run, models: FakeModels) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from miniphi.cli.options import DEFAULT_MODEL, size_in_bytes
+from miniphi.cli.terminal import notice
 from tests.fake_llm import make_llm, make_tokenizer, special_id
 
 from .conftest import FakeModels, Run
@@ -83,6 +84,7 @@ def test_every_sampling_option_arrives(run: Run, models: FakeModels) -> None:
 
 def test_every_engine_option_arrives(run: Run, models: FakeModels) -> None:
     argv = "-m some/model --revision r1 --threads 3 --kv q8 --context 512 --kv-memory 1.5G --rope-policy hf"
+    argv += " --no-packed-copy"
     assert run("generate", "x", *argv.split()).code == 0
     assert models.loaded == [
         (
@@ -94,6 +96,8 @@ def test_every_engine_option_arrives(run: Run, models: FakeModels) -> None:
                 "context": 512,
                 "kv_memory_bytes": 3 << 29,
                 "rope_policy": "hf",
+                "packed_copy": False,
+                "on_notice": notice,
             },
         )
     ]

@@ -30,6 +30,19 @@ def test_models_lists_the_catalog_and_what_is_here(run: Run, folder: Path) -> No
     assert [model["name"] for model in document["others"]] == ["mine"]
 
 
+def test_models_shows_and_removes_packed_copies(run: Run, cache: Path) -> None:
+    assert "Packed copies" not in run("models").out
+    (cache / ".packed").mkdir(parents=True)
+    (cache / ".packed" / "a.packed").write_bytes(bytes(3 << 20))
+    assert f"Packed copies for fast starts take 3.00 MiB in {cache / '.packed'}" in run("models").out
+    assert json.loads(run("models", "--json").out)["packed_copies"] == {
+        "path": str(cache / ".packed"),
+        "bytes": 3 << 20,
+    }
+    assert "Packed copies" not in run("models", "--remove-packed-copies").out
+    assert not list((cache / ".packed").iterdir())
+
+
 def test_pull_prints_where_the_model_lies(run: Run, folder: Path, cache: Path) -> None:
     result = run("pull", str(folder))
     assert (result.code, result.err) == (0, "")

@@ -40,14 +40,14 @@ class TemplateProgram:
         del environment.globals["lipsum"]
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+            self.words = frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
+            self.variables = frozenset(find_undeclared_variables(tree))
+            self.marks_generation = any(node.data == GENERATION_START for node in tree.find_all(nodes.TemplateData))
+            self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from None
-        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         self.source = source
-        self.words = frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
-        self.variables = frozenset(find_undeclared_variables(tree))
-        self.marks_generation = any(node.data == GENERATION_START for node in tree.find_all(nodes.TemplateData))
 
     def run(self, input_size: int, **variables: Any) -> str:
         """Render; `input_size` is the number of characters given. Raises: ChatTemplateError with its message."""

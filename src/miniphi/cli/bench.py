@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miniphi.cli.options import DEFAULT_MODEL, KV_TYPES, fetch_default_model, positive_int
@@ -10,10 +10,9 @@ from miniphi.cli.terminal import notice, print_table
 from miniphi.errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from miniphi.checkpoint import StoredTensor
     from miniphi.config import ModelConfig
-    from miniphi.engine.program import Program
-    from miniphi.engine.speed import SpeedReport
+    from miniphi.engine.program import Program, UnpackedModel
+    from miniphi.engine.speed import LazyTensors, SpeedReport
 
 __all__ = ["add_arguments", "run"]
 
@@ -57,43 +56,47 @@ def run(args: argparse.Namespace) -> int:
 def _program(args: argparse.Namespace) -> "Program":
     """Make the program, with a cache that holds exactly what is measured."""
     from miniphi.engine.batch import KV_BLOCK_SIZE
-    from miniphi.engine.program import Program
-    from miniphi.engine.weights import pack_weights
-    from miniphi.kernels import default_num_threads
+    from miniphi.engine.program import load_program
 
-    config, tensors = _model(args)
+    model = _model(args)
     longest = max(args.prompt, KV_BLOCK_SIZE) + args.tokens
-    if longest > config.max_position_embeddings:
+    if longest > model.config.max_position_embeddings:
         raise ContextLengthError(
             f"--prompt {args.prompt} and --tokens {args.tokens} need a context of {longest} tokens; "
-            f"this model's is {config.max_position_embeddings}"
+            f"this model's is {model.config.max_position_embeddings}"
         )
     if args.synthetic:
         notice(f"making random {args.type} weights in the shape of {args.synthetic} ...")
-    blocks = -(-longest // KV_BLOCK_SIZE) + args.streams * -(-(KV_BLOCK_SIZE + args.tokens) // KV_BLOCK_SIZE)
-    threads = args.threads or default_num_threads()
-    return Program(
-        config,
-        pack_weights(config, tensors, num_threads=threads),
-        num_kv_blocks=blocks,
+    return load_program(
+        model,
+        num_kv_blocks=-(-longest // KV_BLOCK_SIZE) + args.streams * -(-(KV_BLOCK_SIZE + args.tokens) // KV_BLOCK_SIZE),
         kv_type=args.kv,
-        num_threads=threads,
+        num_threads=args.threads,
         max_batch_tokens=max(512, args.streams),
         max_logit_rows=args.streams,
     )
 
 
-def _model(args: argparse.Namespace) -> "tuple[ModelConfig, Mapping[str, StoredTensor]]":
+@dataclass(frozen=True, kw_only=True)
+class _SyntheticModel:
+    config: "ModelConfig"
+    tensors: "LazyTensors"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensors.num_bytes
+
+
+def _model(args: argparse.Namespace) -> "UnpackedModel":
     from miniphi.checkpoint import open_checkpoint, synthetic_tensors
     from miniphi.engine.speed import LazyTensors
     from miniphi.models import find_entry, resolve
 
     if args.synthetic:
         config = find_entry(args.synthetic).model_config()
-        return config, LazyTensors(synthetic_tensors(config, scheme=args.type))
+        return _SyntheticModel(config=config, tensors=LazyTensors(synthetic_tensors(config, scheme=args.type)))
     fetch_default_model(args.model, None)
-    checkpoint = open_checkpoint(resolve(args.model))
-    return checkpoint.config, checkpoint.tensors
+    return open_checkpoint(resolve(args.model))
 
 
 def _print(report: "SpeedReport") -> None:

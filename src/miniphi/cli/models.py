@@ -15,12 +15,27 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print the lists as JSON")
+    parser.add_argument(
+        "--remove-packed-copies",
+        action="store_true",
+        help="delete the copies that make starts fast, then print the lists; the next use of a model makes its anew",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from miniphi.models import catalog, find_entry, installed
+    from miniphi.models import (
+        catalog,
+        find_entry,
+        format_bytes,
+        installed,
+        packed_copy_bytes,
+        packed_copy_dir,
+        remove_packed_copies,
+    )
 
+    if args.remove_packed_copies:
+        remove_packed_copies()
     here = {model.name: model for model in installed()}
     bare = [find_entry(name) for name in catalog()]
     entries = [each for entry in bare for each in (entry, *(find_entry(entry.name, rev) for rev in entry.revisions))]
@@ -37,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
             }
             for entry in entries
         ]
-        print(json.dumps({"catalog": known, "others": [_installed(model) for model in others]}, indent=2))
+        copies = {"path": str(packed_copy_dir()), "bytes": packed_copy_bytes()}
+        others_here = [_installed(model) for model in others]
+        print(json.dumps({"catalog": known, "others": others_here, "packed_copies": copies}, indent=2))
         return 0
     rows = [
         [
@@ -51,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
     ]
     rows += [[model.name, "", "", "", _where(model)] for model in others]
     print_table(["NAME", "PARAMETERS", "CONTEXT", "LICENCE", "ON THIS MACHINE"], rows)
+    if num_bytes := packed_copy_bytes():
+        print(
+            f"\nPacked copies for fast starts take {format_bytes(num_bytes)} in {packed_copy_dir()}; "
+            "--remove-packed-copies deletes them."
+        )
     return 0
 
 

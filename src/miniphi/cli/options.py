@@ -156,6 +156,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="LongRoPE factors of a long-context model: by the planned length (auto), as transformers does (hf), "
         "or always one set (default: %(default)s)",
     )
+    group.add_argument(
+        "--packed-copy",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep a copy of the model in the cache that starts at once, and use it (default: yes; "
+        "MINIPHI_PACKED_COPY=0 turns it off for all commands)",
+    )
 
 
 def load_llm(args: argparse.Namespace) -> "LLM":
@@ -171,6 +178,8 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         context=args.context,
         kv_memory_bytes=args.kv_memory,
         rope_policy=args.rope_policy,
+        packed_copy=args.packed_copy,
+        on_notice=notice,
     )
 
 

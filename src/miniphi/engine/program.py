@@ -3,15 +3,16 @@
 Owns the recording of `model.forward` into a native program and the memory that goes with it. Knows no requests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniphi.checkpoint import Checkpoint
 from miniphi.config import ModelConfig
 from miniphi.engine.batch import KV_BLOCK_SIZE, Batch
 from miniphi.engine.model import forward
+from miniphi.engine.packed_file import PackedModel
 from miniphi.engine.reference import ReferenceRunner
 from miniphi.engine.rope import RopeTables
 from miniphi.engine.weights import Matrices, ModelWeights, pack_weights
@@ -19,7 +20,10 @@ from miniphi.errors import CapacityError, ContextLengthError, InvalidRequestErro
 from miniphi.kernels import CacheType, NativeProgram, PackedMatrix, cache_block_bytes, default_num_threads, selected_isa
 from miniphi.models import machine_memory
 
-__all__ = ["Program", "load_program"]
+if TYPE_CHECKING:
+    from miniphi.checkpoint import StoredTensor
+
+__all__ = ["Program", "UnpackedModel", "load_program"]
 
 MAX_HEAD_DIM = 512
 SPARE_MEMORY_FRACTION = 0.1
@@ -181,44 +185,74 @@ class Program:
         )
 
 
+class UnpackedModel(Protocol):
+    """A model whose weights are still to be packed, such as an open checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+
+    @property
+    def tensors(self) -> "Mapping[str, StoredTensor]":
+        """Its tensors by Hugging Face name."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+
+
 def load_program(
-    checkpoint: Checkpoint,
+    model: UnpackedModel | PackedModel,
     *,
     num_threads: int | None = None,
     kv_type: str = "f16",
     context: int | None = None,
     kv_memory_bytes: int | None = None,
+    num_kv_blocks: int | None = None,
     max_batch_tokens: int = 512,
     max_logit_rows: int = 64,
     isa: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Program:
-    """Pack a checkpoint's weights and make a program whose cache holds `context` tokens.
+    """Make a program whose cache holds `context` tokens; weights are packed first unless they are already.
 
     Without `context` the cache holds the model's whole context, or as much of it as this machine's memory does;
-    `kv_memory_bytes` sets its size directly.
+    `kv_memory_bytes` sets its size directly. `num_kv_blocks` asks for exactly so many blocks, for several sequences.
 
     Raises:
         ContextLengthError: `context` is beyond the model's positions.
-        CapacityError: `context` does not fit the memory.
+        CapacityError: `context`, or `num_kv_blocks`, does not fit the memory.
     """
-    config = checkpoint.config
+    config = model.config
     num_threads = num_threads or default_num_threads()
     block_bytes = cache_block_bytes(
         config.num_hidden_layers, config.num_key_value_heads, config.head_dim, CacheType.parse(kv_type)
     )
-    num_blocks = _num_blocks(config, block_bytes, checkpoint.num_bytes, context, kv_memory_bytes)
-    weights = pack_weights(config, checkpoint.tensors, num_threads=num_threads, on_progress=on_progress)
+    if num_kv_blocks is None:
+        num_kv_blocks = _num_blocks(config, block_bytes, model.num_bytes, context, kv_memory_bytes)
+    elif num_kv_blocks * block_bytes > (free := _free_bytes(model.num_bytes)):
+        raise CapacityError(
+            f"{num_kv_blocks * KV_BLOCK_SIZE:,} tokens need {num_kv_blocks * block_bytes:,} bytes of cache; "
+            f"the weights of {model.num_bytes:,} bytes leave {free:,} of this machine's memory"
+        )
+    if isinstance(model, PackedModel):
+        weights = model.weights
+    else:
+        weights = pack_weights(config, model.tensors, num_threads=num_threads, on_progress=on_progress)
     return Program(
         config,
         weights,
-        num_kv_blocks=num_blocks,
+        num_kv_blocks=num_kv_blocks,
         kv_type=kv_type,
         num_threads=num_threads,
         max_batch_tokens=max_batch_tokens,
         max_logit_rows=max_logit_rows,
         isa=isa,
     )
+
+
+def _free_bytes(weight_bytes: int) -> int:
+    return max(0, int(machine_memory().available_bytes * (1 - SPARE_MEMORY_FRACTION)) - weight_bytes)
 
 
 def _num_blocks(
@@ -233,9 +267,9 @@ def _num_blocks(
         budget = f"--kv-memory of {kv_memory_bytes:,} bytes"
         wanted = wanted if context is not None else max(1, affordable)
     else:
-        free = int(machine_memory().available_bytes * (1 - SPARE_MEMORY_FRACTION)) - weight_bytes
-        affordable = max(0, free) // block_bytes
-        budget = f"{max(0, free):,} bytes of memory that the weights leave"
+        free = _free_bytes(weight_bytes)
+        affordable = free // block_bytes
+        budget = f"{free:,} bytes of memory that the weights leave"
     if affordable < 1 or (context is not None and wanted > affordable):
         raise CapacityError(
             f"a context of {wanted * KV_BLOCK_SIZE:,} tokens needs {wanted * block_bytes:,} bytes of cache; "

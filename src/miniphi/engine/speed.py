@@ -69,6 +69,11 @@ class LazyTensors(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self._sources)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, none of which is made for this."""
+        return sum(source.num_bytes for source in self._sources.values())
+
 
 def measure_speed(
     program: Program, *, prompt_tokens: int = 512, decode_tokens: int = 32, streams: int = 8, repeats: int = 3

@@ -25,12 +25,14 @@ __all__ = [
     "CacheType",
     "Kind",
     "MachineLimits",
+    "MappedMatrices",
     "NativeProgram",
     "PackedMatrix",
     "Packer",
     "available_isas",
     "cache_block_bytes",
     "default_num_threads",
+    "layout_fingerprint",
     "matmul",
     "measure_machine",
     "selected_isa",
@@ -144,6 +146,29 @@ class Packer:
             return self._native.pack(int(kind), stored, depth, row_order)
         except MemoryError:
             raise CapacityError(f"no memory for a packed matrix of {stored.nbytes:,} bytes") from None
+
+
+class MappedMatrices:
+    """A file with packed matrices, mapped read-only; a thread of its own makes its pages present meanwhile.
+
+    The file must not be cut short while a matrix of it is in use; replacing it by another is harmless.
+    """
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """Map an open file, whose descriptor may be closed afterwards. Raises CapacityError without address space."""
+        try:
+            self._native = _native.MappedFile(descriptor, num_bytes)
+        except MemoryError:
+            raise CapacityError(f"no address space to map a file of {num_bytes:,} bytes") from None
+
+    def matrix(self, kind: Kind, rows: int, depth: int, offset: int) -> PackedMatrix:
+        """Return the matrix that lies packed at `offset`. Raises ValueError unless the file can hold it there."""
+        return self._native.matrix(int(kind), rows, depth, offset)
+
+
+def layout_fingerprint(kind: Kind) -> int:
+    """Return a number that is another one whenever the packed layout of this kind changes. Takes microseconds."""
+    return _native.layout_fingerprint(int(kind))
 
 
 def matmul(

@@ -34,8 +34,10 @@ class EngineDriver:
     raised when the step and the delivery of its tokens are done.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, on_first_rest: Callable[[], None] | None = None) -> None:
+        """`on_first_rest` is called once, when the first requests have all been answered."""
         self.engine = engine
+        self._on_first_rest = on_first_rest
         self._lock = threading.Lock()
         self._sinks: dict[str, OutputSink] = {}
         self._aborts: deque[str] = deque()
@@ -80,6 +82,9 @@ class EngineDriver:
             now_s = time.perf_counter()
             for output in outputs:
                 self._deliver(output, now_s)
+            if self._on_first_rest is not None and not self.engine.has_work:
+                on_first_rest, self._on_first_rest = self._on_first_rest, None
+                on_first_rest()
 
     def _deliver(self, output: SequenceOutput, now_s: float) -> None:
         must_end = self._sinks[output.request_id].accept(output, now_s)

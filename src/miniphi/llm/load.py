@@ -5,16 +5,22 @@ Owns the order of the steps; each step is another room's.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from miniphi.chat import ChatTemplate, builtin_template
-from miniphi.checkpoint import Checkpoint, open_checkpoint
 from miniphi.engine import Engine, EngineOptions, RopePolicy
+from miniphi.engine.packed_file import PackedModel
 from miniphi.engine.program import load_program
 from miniphi.errors import CheckpointError
 from miniphi.llm.model import LLM
+from miniphi.llm.packed_copy import BackgroundWriter, PackedCopy, SavedModel
 from miniphi.models import catalog, find_entry, resolve
 from miniphi.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from miniphi.checkpoint import Checkpoint
 
 __all__ = ["DEFAULT_MODEL", "load"]
 
@@ -31,7 +37,9 @@ def load(
     kv_memory_bytes: int | None = None,
     rope_policy: RopePolicy = "auto",
     max_batch_tokens: int = 512,
+    packed_copy: bool = True,
     on_progress: Callable[[int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> LLM:
     """Make a model ready to answer.
 
@@ -43,19 +51,24 @@ def load(
     `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
     `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made ready.
 
+    After the first answer a copy of the model is written to the cache in the layout that the kernels read, and later
+    starts map that; `packed_copy=False`, or MINIPHI_PACKED_COPY=0 in the environment, neither writes nor reads one.
+    `on_notice` gets a line for the user if the copy cannot be written, or the program's end has to wait for it.
+
     Raises:
         DownloadError: the model is not on this machine; the message says how to get it.
         CheckpointError: its files are damaged. UnsupportedModelError: they ask for what miniphi does not do.
         CapacityError: it does not fit into this machine's memory.
     """
     path = resolve(name_or_path, revision=revision)
-    checkpoint = open_checkpoint(path)
-    tokenizer = _open_tokenizer(checkpoint)
+    copy = PackedCopy.of(path) if packed_copy else None
+    found = None if copy is None else copy.open()
+    model, saved = found or _open(path)
     name = _name(name_or_path, revision)
-    source = checkpoint.chat_template or _catalog_template(name)
-    template = None if source is None else ChatTemplate(source, tokenizer)
+    source = saved.chat_template or _catalog_template(name)
+    template = None if source is None else ChatTemplate(source, saved.tokenizer)
     program = load_program(
-        checkpoint,
+        model,
         num_threads=num_threads,
         kv_type=kv_type,
         context=context,
@@ -63,17 +76,34 @@ def load(
         max_batch_tokens=max_batch_tokens,
         on_progress=on_progress,
     )
-    stop_ids = {*checkpoint.config.eos_token_ids, *checkpoint.generation_eos_token_ids}
+    stop_ids = {*model.config.eos_token_ids, *saved.eos_token_ids}
     engine = Engine(
         program,
         stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
-        unused_token_ids=_unused_ids(tokenizer, checkpoint.config.vocab_size),
+        unused_token_ids=_unused_ids(saved.tokenizer, model.config.vocab_size),
         options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
     )
-    return LLM(engine, tokenizer, template, name, rope_policy=rope_policy)
+    writer = None
+    if copy is not None and found is None:
+        write = partial(copy.write, model.config, program.weights, saved)
+        writer = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice)
+    on_first_rest = None if writer is None else writer.start
+    return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
 
 
-def _open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def _open(path: Path) -> "tuple[Checkpoint | PackedModel, SavedModel]":
+    # Most starts do without: they find a packed copy.
+    from miniphi.checkpoint import open_checkpoint  # noqa: PLC0415
+
+    checkpoint = open_checkpoint(path)
+    return checkpoint, SavedModel(
+        tokenizer=_open_tokenizer(checkpoint),
+        chat_template=checkpoint.chat_template,
+        eos_token_ids=checkpoint.generation_eos_token_ids,
+    )
+
+
+def _open_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
     source = checkpoint.tokenizer_source
     if source is None:
         raise CheckpointError(f"{checkpoint.path}: has no tokenizer.json; add the one of the original model")

@@ -59,13 +59,17 @@ class LLM:
         name: str,
         *,
         rope_policy: RopePolicy = "auto",
+        on_first_rest: Callable[[], None] | None = None,
     ) -> None:
-        """Put a model together from its parts; `template` is None for a model that only continues text."""
+        """Put a model together from its parts; `template` is None for a model that only continues text.
+
+        `on_first_rest` is called once, when the first requests have all been answered.
+        """
         self.name = name
         self.tokenizer = tokenizer
         self.template = template
         self._engine = engine
-        self._driver = EngineDriver(engine)
+        self._driver = EngineDriver(engine, on_first_rest=on_first_rest)
         self._rope_policy = rope_policy
 
     @property

@@ -3,7 +3,7 @@
     catalog, find_entry      what is known about a model before its files are here     entries.py, catalog/*.toml
     resolve                  the files behind a name or a path                          references.py
     pull, pull_entry         bring a model into the cache                               fetch.py (hub, wheel, local)
-    cache_dir, installed, remove                                                        cache.py
+    cache_dir, installed, remove, packed copies                                         cache.py
     plan_memory              weights, cache and activations against this machine        plan.py, machine.py
 
 Does not open a model's files: that is `miniphi.checkpoint`. Names are imported when they are first used, so that a
@@ -14,7 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miniphi.models.cache import InstalledModel, cache_dir, installed, remove
+    from miniphi.models.cache import (
+        InstalledModel,
+        cache_dir,
+        installed,
+        packed_copy_bytes,
+        packed_copy_dir,
+        remove,
+        remove_packed_copies,
+    )
     from miniphi.models.entries import (
         BenchmarkRow,
         BenchmarkTable,
@@ -60,16 +68,20 @@ __all__ = [
     "kv_bits_per_value",
     "kv_bytes_per_token",
     "machine_memory",
+    "packed_copy_bytes",
+    "packed_copy_dir",
     "plan_memory",
     "pull",
     "pull_entry",
     "remove",
+    "remove_packed_copies",
     "resolve",
 ]
 
 _PLAN = ("KV_BITS_PER_VALUE", "KV_SCALE_BITS_PER_HEAD", "KVType", "MemoryPlan")
+_COPIES = ("packed_copy_bytes", "packed_copy_dir", "remove_packed_copies")
 _MODULES = {
-    "cache": ("InstalledModel", "cache_dir", "installed", "remove"),
+    "cache": ("InstalledModel", "cache_dir", "installed", *_COPIES, "remove"),
     "entries": ("BenchmarkRow", "BenchmarkTable", "CatalogEntry", "FineTuningDefaults", "HubSource", "WheelSource"),
     "fetch": ("pull", "pull_entry"),
     "machine": ("MachineMemory", "machine_memory"),

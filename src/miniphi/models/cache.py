@@ -5,6 +5,7 @@ Owns the layout, the manifests, and installing and removing as one step each. Do
     <cache>/<name>[@<revision>]/              a finished model: its files and `miniphi.json`, written last
     <cache>/<name>[@<revision>].incomplete/   a pull under way, or interrupted and kept to be resumed
     <cache>/.locks/                           one lock file per model, so that two pulls do not meet
+    <cache>/.packed/                          copies in the kernels' own layout, for fast starts (llm/packed_copy.py)
 """
 
 import json
@@ -30,8 +31,11 @@ __all__ = [
     "install",
     "installed",
     "installed_folder",
+    "packed_copy_bytes",
+    "packed_copy_dir",
     "read_manifest",
     "remove",
+    "remove_packed_copies",
 ]
 
 MANIFEST_NAME = "miniphi.json"
@@ -95,6 +99,22 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "miniphi"
     except RuntimeError as error:
         raise DownloadError("this user has no home folder; set MINIPHI_HOME to where models are to be kept") from error
+
+
+def packed_copy_dir() -> Path:
+    """Return the folder of the packed copies, which need not exist. Everything in it may be deleted at any time."""
+    return cache_dir() / ".packed"
+
+
+def packed_copy_bytes() -> int:
+    """Return the bytes of all packed copies."""
+    return sum(_size(path) or 0 for path in packed_copy_dir().glob("*.packed"))
+
+
+def remove_packed_copies() -> None:
+    """Delete all packed copies. Whoever has one mapped keeps it until it ends."""
+    for path in packed_copy_dir().glob("*.packed"):
+        path.unlink(missing_ok=True)
 
 
 def installed() -> list[InstalledModel]:

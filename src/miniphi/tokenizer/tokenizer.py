@@ -11,6 +11,7 @@ import tokenizers
 from miniphi.errors import InvalidRequestError
 from miniphi.tokenizer.gguf import vocabulary_from_gguf
 from miniphi.tokenizer.hugging_face import vocabulary_from_files
+from miniphi.tokenizer.saved import restore_vocabulary, save_vocabulary
 from miniphi.tokenizer.special_tokens import Piece, SpecialToken, SpecialTokenFinder
 from miniphi.tokenizer.vocabulary import Prefix, Vocabulary
 
@@ -53,6 +54,15 @@ class Tokenizer:
         Raises: CheckpointError, UnsupportedModelError.
         """
         return cls(vocabulary_from_gguf(metadata, source))
+
+    @classmethod
+    def from_saved(cls, data: bytes) -> "Tokenizer":
+        """Build the tokenizer that `save` wrote. Raises: CheckpointError."""
+        return cls(restore_vocabulary(data))
+
+    def save(self) -> bytes:
+        """Return the tokenizer in the form that loads fastest; `from_saved` reads it."""
+        return save_vocabulary(self._vocabulary)
 
     @property
     def vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import tokenizers
 
@@ -18,6 +19,19 @@ class Prefix(Enum):
     SEGMENT = "segment"  # at its start and after every special token
 
 
+class Pipeline(Protocol):
+    """What is asked of a `tokenizers.Tokenizer` once it is complete."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
+        """Cut a text into tokens."""
+
+    def id_to_token(self, token_id: int, /) -> str | None:
+        """Return the token as the vocabulary spells it."""
+
+    def to_str(self) -> str:
+        """Return the pipeline as JSON, which `tokenizers.Tokenizer.from_str` reads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """A pipeline for plain text and the special tokens beside it.
@@ -27,8 +41,8 @@ class Vocabulary:
     with "▁" for a space and "<0x0A>" for a byte (SentencePiece).
     """
 
-    plain: tokenizers.Tokenizer
-    plain_inside: tokenizers.Tokenizer
+    plain: Pipeline
+    plain_inside: Pipeline
     is_byte_level: bool
     prefix: Prefix
     special: tuple[SpecialToken, ...]
