@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniphi.engine import Engine, EngineOptions, Request, SequenceOutput
-from miniphi.engine.sampler import SequenceSampler
+from miniphi.engine.reference_sampler import ReferenceSampler
 from miniphi.testing import FakeProgram
 
 STOP = 0
@@ -43,7 +43,7 @@ def prompt(seed: int, length: int, vocab_size: int = 64) -> tuple[int, ...]:
 def expected_tokens(program: FakeProgram, request: Request, index: int, max_tokens: int) -> list[int]:
     """Generate one sequence without cache, batch or scheduler."""
     params = request.params
-    sampler = SequenceSampler(
+    sampler = ReferenceSampler(
         params,
         vocab_size=program.config.vocab_size,
         prompt_ids=request.token_ids,
@@ -64,7 +64,6 @@ def expected_tokens(program: FakeProgram, request: Request, index: int, max_toke
             "long": scaling is not None,
         }[request.rope_policy]
         output.append(sampler.sample(program.logits(known, use_long_factors=is_long), len(output)).token_id)
-        sampler.observe(output[-1])
         known.append(output[-1])
     return output
 

@@ -4,6 +4,7 @@ Owns the life of a request from `submit` to its last `SequenceOutput`. Knows no 
 filters belong to the layer above, which calls `abort` when it has enough. All methods must be called from one thread.
 """
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from miniphi.engine.batch import Batch, BatchRunner
 from miniphi.engine.kv_cache import KVCache
 from miniphi.engine.request import PromptLogprob, Request, Sequence, SequenceOutput
-from miniphi.engine.sampler import SampledToken, SequenceSampler, fresh_seed, prompt_logprob
+from miniphi.engine.sampler import SampledToken, SampleJob, fresh_seed, make_sampler, prompt_logprobs, sample
 from miniphi.engine.scheduler import ScheduledChunk, ScheduledStep, Scheduler, SchedulerLimits
 from miniphi.errors import InvalidRequestError
+from miniphi.kernels import NativeSampler
 
 __all__ = ["Engine", "EngineOptions", "EngineStats", "build_batch"]
 
@@ -83,7 +85,7 @@ class Engine:
         )
         self._cache = KVCache(program.num_kv_blocks, allow_reuse=options.allow_prefix_reuse)
         self._scheduler = Scheduler(self._cache, limits)
-        self._samplers: dict[Sequence, SequenceSampler] = {}
+        self._samplers: dict[Sequence, NativeSampler] = {}
         self._prompt_logprobs: dict[Sequence, list[PromptLogprob]] = {}
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -125,7 +127,7 @@ class Engine:
         sequences = self._scheduler.add(request, max_tokens=max_tokens, stop_token_ids=stop_ids)
         seed = fresh_seed() if params.seed is None else params.seed
         for sequence in sequences:
-            self._samplers[sequence] = SequenceSampler(
+            self._samplers[sequence] = make_sampler(
                 params,
                 vocab_size=self._vocab_size,
                 prompt_ids=request.token_ids,
@@ -170,20 +172,19 @@ class Engine:
         ]
 
     def _sample(self, step: ScheduledStep, logits: NDArray[np.float32]) -> list[SampledToken | None]:
-        samples: list[SampledToken | None] = []
+        jobs: list[SampleJob] = []
         row = 0
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            for position in chunk.prompt_rows:
-                scored = prompt_logprob(logits[row], sequence.token_ids[position + 1])
-                self._prompt_logprobs[sequence].append(scored)
-                row += 1
+            sequence, scored = chunk.sequence, chunk.prompt_rows
+            if scored:
+                targets = sequence.token_ids[scored.start + 1 : scored.stop + 1]
+                self._prompt_logprobs[sequence] += prompt_logprobs(logits[row : row + len(scored)], targets)
+                row += len(scored)
             if chunk.is_sampled:
-                samples.append(self._samplers[sequence].sample(logits[row], sequence.num_generated))
+                jobs.append(SampleJob(sampler=self._samplers[sequence], row=row, position=sequence.num_generated))
                 row += 1
-            else:
-                samples.append(None)
-        return samples
+        drawn = iter(sample(logits, jobs))
+        return [next(drawn)[0] if chunk.is_sampled else None for chunk in step.chunks]
 
     def _commit(self, chunk: ScheduledChunk, sampled: SampledToken | None) -> SequenceOutput | None:
         sequence = chunk.sequence
@@ -196,9 +197,7 @@ class Engine:
             self._num_prompt_tokens += sequence.prompt_len
         scores = self._prompt_logprobs.pop(sequence, None)
         assert sequence.num_cached_tokens is not None, "a sequence generated before it was admitted"
-        if finish_reason is None:
-            self._samplers[sequence].observe(sampled.token_id)
-        else:
+        if finish_reason is not None:
             self._forget(sequence)
         return SequenceOutput(
             request_id=sequence.request.id,
@@ -231,30 +230,24 @@ class Engine:
 def build_batch(step: ScheduledStep) -> Batch:
     """Pack a step's chunks into the arrays that a program runs."""
     chunks = step.chunks
-    num_sequences = len(chunks)
-    num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
-    token_ids = np.empty(num_tokens, np.int32)
-    positions = np.empty(num_tokens, np.int32)
-    query_starts = np.zeros(num_sequences + 1, np.int32)
+    token_ids, positions, rows = array("i"), array("i"), array("i")
+    query_starts = array("i", [0])
     width = max(len(chunk.sequence.block_table) for chunk in chunks)
-    block_tables = np.zeros((num_sequences, width), np.int32)
-    rows: list[int] = []
-    cursor = 0
+    block_tables = np.zeros((len(chunks), width), np.int32)
     for index, chunk in enumerate(chunks):
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        stop = cursor + end - start
-        token_ids[cursor:stop] = sequence.token_ids[start:end]
-        positions[cursor:stop] = np.arange(start, end, dtype=np.int32)
-        query_starts[index + 1] = stop
+        offset = len(token_ids) - start
+        token_ids += sequence.token_ids[start:end]
+        positions.extend(range(start, end))
+        query_starts.append(len(token_ids))
         block_tables[index, : len(sequence.block_table)] = sequence.block_table
-        rows.extend(range(cursor + chunk.prompt_rows.start - start, cursor + chunk.prompt_rows.stop - start))
+        rows.extend(position + offset for position in chunk.prompt_rows)
         if chunk.is_sampled:
-            rows.append(stop - 1)
-        cursor = stop
+            rows.append(end - 1 + offset)
     return Batch(
-        token_ids=token_ids,
-        positions=positions,
-        query_starts=query_starts,
+        token_ids=np.array(token_ids, np.int32),
+        positions=np.array(positions, np.int32),
+        query_starts=np.array(query_starts, np.int32),
         context_lens=np.array([chunk.end for chunk in chunks], np.int32),
         block_tables=block_tables,
         use_long_factors=np.array([chunk.sequence.use_long_factors for chunk in chunks], np.bool_),

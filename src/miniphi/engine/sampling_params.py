@@ -25,7 +25,7 @@ MAX_ABSOLUTE_BIAS = 100.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. The steps are applied in the order of `SequenceSampler.sample`.
+    """How to choose tokens. The steps are applied in the order of `ReferenceSampler.sample`.
 
     Raises:
         InvalidRequestError: a value is out of range; the message names the field.
