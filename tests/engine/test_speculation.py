@@ -93,8 +93,8 @@ def test_chances_fall_along_a_guess_and_are_learned() -> None:
     assert all(0 < later < earlier < 1 for earlier, later in pairwise(fresh))
     assert lookup_of(document, document[:20]).chances(1) > lookup_of(document, document[:3]).chances(1)
     wrong = [token for start in range(0, 900, 3) for token in (document[start], document[start + 1], 2000)]
-    assert lookup_of(document, [*wrong, *document[:2]]).chances(1)[0] < fresh[0] / 4
-    assert lookup_of(document, [*document[:600], *document[:2]]).chances(16)[-1] > fresh[-1]
+    assert lookup_of(document, [*wrong, *document[:2]]).chances(8) == [], "not worth a thought any more"
+    assert sum(lookup_of(document, [*document[:600], *document[:2]]).chances(8)) > sum(fresh)
 
 
 @given(answer=st.lists(st.integers(0, 3), max_size=60), prompt_ids=st.lists(st.integers(0, 3), min_size=1, max_size=20))

@@ -15,6 +15,7 @@ of the plain run: any sampler whose noise belongs to a position, as ours does.
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,10 @@ _MAX_MATCH = 16
 _FIRST_CHANCES = (0.3, 0.5, 0.7, 0.85, 0.9)
 """That a guessed token comes true, by `_class_of` the match before it, while nothing was measured."""
 _LEARNING_RATE = 1 / 12
+_SMALLEST_CHANCE = 0.05
+"""Of a guess that is worth thinking about: no machine computes a further row for less."""
 _FIRST_ROW_COST = 0.15
-"""What a further row adds to a step of one row before it was measured: on two AVX-512 cores 0.03 to 0.2."""
+"""What a further row adds to a step of one row before it was measured (SmolLM2, two cores: 0.01 to 0.2)."""
 _LARGEST_SURPRISE = 2.0
 """A step that took longer than this many times the expected time was disturbed, and counts as this many."""
 _LEVEL_RATE = 0.2
@@ -84,10 +87,15 @@ class PromptLookup:
         self._num_seen = len(token_ids)
 
     def chances(self, num_tokens: int) -> list[float]:
-        """Return of the next tokens' guesses the chance that they and all before them come true."""
+        """Return of each of the next tokens' guesses the chance that it and all before it come true.
+
+        The list ends early where that becomes too unlikely to be of use.
+        """
         chance, result = 1.0, []
         for offset in range(num_tokens):
             chance *= self._chances[_class_of(self._match_len + offset)]
+            if chance < _SMALLEST_CHANCE:
+                break
             result.append(chance)
         return result
 
@@ -144,6 +152,7 @@ class StepCosts:
         self._row_cost = row_cost
         self._step_s: float | None = None
         self._measured = {1: 1.0}
+        self._relative: dict[int, float] = {}
 
     def record(self, num_rows: int, seconds: float) -> None:
         """Learn from a step that computed nothing but one token of each sequence, and guesses."""
@@ -156,18 +165,21 @@ class StepCosts:
         # A step of one row only says how fast the machine is now; any other one says something of its shape, too.
         if num_rows > 1:
             self._measured[num_rows] = self.relative(num_rows) * surprise**_SHAPE_RATE
+            self._relative.clear()
         self._step_s *= surprise**_LEVEL_RATE
 
     def relative(self, num_rows: int) -> float:
         """Return the expected time of a step, in steps of one row."""
+        if num_rows not in self._relative:
+            self._relative[num_rows] = 1 + self._find_row_cost(num_rows) * (num_rows - 1)
+        return self._relative[num_rows]
+
+    def _find_row_cost(self, num_rows: int) -> float:
+        """Return what each row after the first costs in the measured step that is most like one of `num_rows`."""
         if self._row_cost is not None:
-            return 1 + self._row_cost * (num_rows - 1)
-        if num_rows in self._measured:
-            return self._measured[num_rows]
-        # As if further rows cost what they did in the measured step that is most like this one.
+            return self._row_cost
         nearest = min(self._measured, key=lambda measured: (measured == 1, abs(measured - num_rows)))
-        row_cost = _FIRST_ROW_COST if nearest == 1 else (self._measured[nearest] - 1) / (nearest - 1)
-        return 1 + row_cost * (num_rows - 1)
+        return _FIRST_ROW_COST if nearest == 1 else (self._measured[nearest] - 1) / (nearest - 1)
 
 
 def plan_drafts(lookups: Sequence[PromptLookup | None], rooms: Sequence[int], costs: StepCosts) -> list[int]:
@@ -183,7 +195,7 @@ def plan_drafts(lookups: Sequence[PromptLookup | None], rooms: Sequence[int], co
         for chance in lookup.chances(min(room, MAX_DRAFT))
     ]
     # Likely tokens first; a sequence's own stay in order, as each is less likely than the one before.
-    offers.sort(key=lambda offer: -offer[0])
+    offers.sort(key=itemgetter(0), reverse=True)
     expected = float(num_rows)
     best_speed, best_count = MIN_GAIN * expected / costs.relative(num_rows), 0
     for count, (chance, _) in enumerate(offers[: max(0, MAX_ROWS - num_rows)], start=1):
