@@ -109,22 +109,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = miniphi.load(args.model, context=4096, num_threads=args.threads)
     texts = [path.read_text(encoding="utf-8")[:TEXT_CHARACTERS] for path in args.texts]
     work = [
-        (f"{name}, T = {temperature:g}", temperature, template.format(text=text, short=text[:EDIT_CHARACTERS]))
+        (
+            f"{name}, T = {temperature:g}",
+            temperature,
+            [template.format(text=t, short=t[:EDIT_CHARACTERS]) for t in texts],
+        )
         for temperature in args.temperatures
         for name, template in TASKS.items()
-        for text in texts
-    ] + [(f"open, T = {OPEN_TEMPERATURE:g}", OPEN_TEMPERATURE, prompt) for prompt in OPEN]
-    records: dict[str, Record] = {}
-    for label, temperature, prompt in work:
-        records.setdefault(label, Record()).add(measure(llm, prompt, temperature, args))
+    ]
+    work.append((f"open, T = {OPEN_TEMPERATURE:g}", OPEN_TEMPERATURE, list(OPEN)))
     print(f"{'task':22} {'off':>8} {'lookup':>8} {'gain':>6} {'worst':>6} {'drafted':>8} {'accepted':>8}")
-    for label, record in records.items():
-        row = record.to_dict()
+    figures: dict[str, dict[str, float]] = {}
+    for label, temperature, prompts in work:
+        record = Record()
+        for prompt in prompts:
+            record.add(measure(llm, prompt, temperature, args))
+        row = figures[label] = record.to_dict()
         print(
             f"{label:22} {row['off_tokens_per_s']:8.1f} {row['lookup_tokens_per_s']:8.1f} {row['gain']:6.2f} "
-            f"{row['worst_gain']:6.2f} {row['drafted']:8} {row['accepted']:8}"
+            f"{row['worst_gain']:6.2f} {row['drafted']:8} {row['accepted']:8}",
+            flush=True,
         )
-    print(json.dumps({"model": args.model} | {label: record.to_dict() for label, record in records.items()}))
+    print(json.dumps({"model": args.model, "figures": figures}))
 
 
 if __name__ == "__main__":
