@@ -16,6 +16,7 @@
 #include "isa.h"
 #include "pack.h"
 #include "program.h"
+#include "sampler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -338,6 +339,77 @@ private:
     std::unique_ptr<Program> program_;
 };
 
+std::vector<int32_t> checked_ids(ConstArray<int32_t, 1> ids, size_t vocab_size) {
+    for (size_t i = 0; i < ids.shape(0); i++)
+        require(ids.data()[i] >= 0 && size_t(ids.data()[i]) < vocab_size, "token id " + std::to_string(ids.data()[i]) + " is outside the vocabulary");
+    return {ids.data(), ids.data() + ids.shape(0)};
+}
+
+std::unique_ptr<Sampler> new_sampler(size_t vocab_size, float temperature, size_t top_k, double top_p, float min_p, float repetition_penalty,
+                                     float presence_penalty, float frequency_penalty, std::optional<size_t> num_logprobs, uint64_t min_tokens,
+                                     ConstArray<int32_t, 1> masked, ConstArray<int32_t, 1> masked_early, ConstArray<int32_t, 1> bias_ids,
+                                     ConstArray<float, 1> biases, ConstArray<int32_t, 1> prompt_ids, uint64_t seed, uint64_t choice) {
+    require(vocab_size >= 1, "a vocabulary needs a token");
+    require(bias_ids.shape(0) == biases.shape(0), "bias_ids and biases differ in length");
+    SamplingOptions options{temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, num_logprobs, min_tokens,
+                            checked_ids(masked, vocab_size), checked_ids(masked_early, vocab_size), {}, seed, choice};
+    const std::vector<int32_t> ids = checked_ids(bias_ids, vocab_size);
+    for (size_t i = 0; i < ids.size(); i++) options.biases.emplace_back(ids[i], biases.data()[i]);
+    return std::make_unique<Sampler>(vocab_size, std::move(options), checked_ids(prompt_ids, vocab_size));
+}
+
+void observe(Sampler& sampler, int32_t token_id) {
+    require(token_id >= 0 && size_t(token_id) < sampler.vocab_size(), "token id " + std::to_string(token_id) + " is outside the vocabulary");
+    sampler.observe(token_id);
+}
+
+nb::list as_list(const SampleJob& job) {   // of (token id, its logprob or None, the best as (token id, logprob) or None)
+    nb::list result;
+    for (const Drawn& drawn : job.drawn) {
+        if (!job.sampler->options().num_logprobs) {
+            result.append(nb::make_tuple(drawn.token_id, nb::none(), nb::none()));
+            continue;
+        }
+        nb::list best;
+        for (const auto& [id, logprob] : drawn.best) best.append(nb::make_tuple(id, logprob));
+        result.append(nb::make_tuple(drawn.token_id, drawn.logprob, best));
+    }
+    return result;
+}
+
+nb::list sample(Array<float, 2> logits, const std::vector<Sampler*>& samplers, const std::vector<size_t>& rows, const std::vector<uint64_t>& positions,
+                const std::vector<std::vector<int32_t>>& drafts) {
+    require(samplers.size() == rows.size() && samplers.size() == positions.size() && samplers.size() == drafts.size(),
+            "samplers, rows, positions and drafts differ in length");
+    std::vector<SampleJob> jobs;
+    size_t free_row = 0;
+    for (size_t i = 0; i < samplers.size(); i++) {
+        require(samplers[i] != nullptr && samplers[i]->vocab_size() == logits.shape(1), "a sampler's vocabulary is not as wide as the logits");
+        require(rows[i] >= free_row && rows[i] + drafts[i].size() < logits.shape(0), "a job's rows of logits do not exist or belong to another");
+        free_row = rows[i] + drafts[i].size() + 1;
+        jobs.push_back({samplers[i], logits.data() + rows[i] * logits.shape(1), positions[i], drafts[i], {}});
+    }
+    {
+        nb::gil_scoped_release release;
+        for (SampleJob& job : jobs) job.run();
+    }
+    nb::list result;
+    for (const SampleJob& job : jobs) result.append(as_list(job));
+    return result;
+}
+
+std::vector<std::pair<double, bool>> score_tokens(ConstArray<float, 2> logits, ConstArray<int32_t, 1> token_ids) {
+    require(token_ids.shape(0) <= logits.shape(0), "there are fewer rows of logits than tokens");
+    const std::vector<int32_t> ids = checked_ids(token_ids, logits.shape(1));
+    std::vector<std::pair<double, bool>> result;
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < ids.size(); i++) {
+        const PromptScore score = score_token(logits.data() + i * logits.shape(1), logits.shape(1), ids[i]);
+        result.emplace_back(score.logprob, score.is_greedy);
+    }
+    return result;
+}
+
 // Operations per second of the int8 units, bytes per second of one contiguous stream a thread.
 std::pair<double, double> measure_machine(const std::string& isa, int num_threads, size_t bytes_per_thread, int repeats) {
     const Ops& ops = select_ops(isa);
@@ -380,6 +452,14 @@ NB_MODULE(_native, m) {
         const HeadShape shape{num_layers, num_kv_heads, num_kv_heads, head_dim, head_dim, 0};
         return num_layers * num_kv_heads * KvCache::head_bytes(shape, checked_cache_type(type));
     });
+    nb::class_<Sampler>(m, "Sampler")
+        .def(nb::new_(&new_sampler), nb::kw_only(), "vocab_size"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+             "presence_penalty"_a, "frequency_penalty"_a, "num_logprobs"_a.none(), "min_tokens"_a, "masked"_a.noconvert(),
+             "masked_early"_a.noconvert(), "bias_ids"_a.noconvert(), "biases"_a.noconvert(), "prompt_ids"_a.noconvert(), "seed"_a, "choice"_a)
+        .def("observe", &observe, "token_id"_a);
+    m.def("sample", &sample, "logits"_a.noconvert(), "samplers"_a, "rows"_a, "positions"_a, "drafts"_a);
+    m.def("score_tokens", &score_tokens, "logits"_a.noconvert(), "token_ids"_a.noconvert());
+    m.def("uniform", &uniform, "seed"_a, "choice"_a, "position"_a);
     nb::class_<PackedMatrix>(m, "PackedMatrix")
         .def_ro("rows", &PackedMatrix::rows)
         .def_ro("depth", &PackedMatrix::depth)

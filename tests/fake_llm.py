@@ -72,11 +72,14 @@ def make_llm(
     max_batch_tokens: int = 128,
     add_bos: bool = False,
     has_template: bool = True,
+    draft_row_cost: float = 1.0,
 ) -> LLM:
+    """Make an LLM that by default never guesses ahead: a row as dear as a step."""
     tokenizer = make_tokenizer(add_bos=add_bos)
     config = fake_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
     fake = program(config, num_kv_blocks=num_kv_blocks, max_batch_tokens=max_batch_tokens)
-    engine = Engine(fake, stop_token_ids={special_id("<|end|>")}, options=EngineOptions(max_context=context))
+    options = EngineOptions(max_context=context, draft_row_cost=draft_row_cost)
+    engine = Engine(fake, stop_token_ids={special_id("<|end|>")}, options=options)
     template = ChatTemplate(TEMPLATE, tokenizer) if has_template else None
     return LLM(engine, tokenizer, template, "fake")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from miniphi.chat import ChatTemplate, Message
     from miniphi.checkpoint import open_checkpoint
     from miniphi.config import ModelConfig
-    from miniphi.engine.sampler import SamplingParams
+    from miniphi.engine.sampling_params import SamplingParams
     from miniphi.errors import (
         CapacityError,
         ChatTemplateError,
@@ -49,7 +49,7 @@ _ROOMS = {
     "miniphi.chat": ("ChatTemplate", "Message"),
     "miniphi.checkpoint": ("open_checkpoint",),
     "miniphi.config": ("ModelConfig",),
-    "miniphi.engine.sampler": ("SamplingParams",),
+    "miniphi.engine.sampling_params": ("SamplingParams",),
     "miniphi.errors": (
         "CapacityError",
         "ChatTemplateError",

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_stats_tell_speed_and_tokens(run: Run, models: FakeModels) -> None:
     assert "157 tokens, 96 of them cached" in result.err
     assert "208 of 2,048 tokens" in result.err
     assert "tokens/s" in result.err
+
+
+@pytest.mark.parametrize(("option", "guessed"), [((), True), (("--speculate", "off"), False)])
+def test_stats_tell_what_was_guessed_ahead(
+    run: Run, models: FakeModels, option: tuple[str, ...], *, guessed: bool
+) -> None:
+    models.llm = make_llm(draft_row_cost=0.0)
+    result = run("chat", "--temperature", "0", *option, stdin=b"an answer like its question\n/stats\n")
+    assert result.out == "an answer like its question\n"
+    drafted, accepted = re.findall(r"guessed ahead +(\d+) tokens, (\d+) of them came true", result.err)[0]
+    assert (int(drafted) >= int(accepted) > 10) if guessed else (drafted == accepted == "0")
 
 
 def test_context_overflow_says_what_to_do_and_keeps_the_conversation(run: Run, models: FakeModels) -> None:

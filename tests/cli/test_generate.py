@@ -47,6 +47,7 @@ def test_json_is_the_whole_completion(run: Run, models: FakeModels) -> None:
     assert [len(token["alternatives"]) for token in choice["logprobs"]] == [1, 1, 1]
     assert document["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11, "cached_tokens": 0}
     assert document["timings"]["total_s"] > 0
+    assert document["timings"]["drafted_tokens"] == document["timings"]["accepted_tokens"] == 0
 
 
 def test_several_answers_are_told_apart(run: Run, models: FakeModels) -> None:

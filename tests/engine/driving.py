@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniphi.engine import Engine, EngineOptions, Request, SequenceOutput
-from miniphi.engine.sampler import SequenceSampler
+from miniphi.engine.reference_sampler import ReferenceSampler
 from miniphi.testing import FakeProgram
 
 STOP = 0
@@ -16,9 +16,15 @@ Outputs = dict[tuple[str, int], list[SequenceOutput]]
 
 
 def make_engine(
-    program: FakeProgram, *, reuse: bool = True, chunk: int | None = None, unused: Sequence[int] = ()
+    program: FakeProgram,
+    *,
+    reuse: bool = True,
+    chunk: int | None = None,
+    unused: Sequence[int] = (),
+    draft_row_cost: float = 1.0,
 ) -> Engine:
-    options = EngineOptions(prefill_chunk=chunk, allow_prefix_reuse=reuse)
+    """Make an engine that by default never guesses: a row as dear as a step."""
+    options = EngineOptions(prefill_chunk=chunk, allow_prefix_reuse=reuse, draft_row_cost=draft_row_cost)
     return Engine(program, stop_token_ids=(STOP,), unused_token_ids=unused, options=options)
 
 
@@ -43,11 +49,12 @@ def prompt(seed: int, length: int, vocab_size: int = 64) -> tuple[int, ...]:
 def expected_tokens(program: FakeProgram, request: Request, index: int, max_tokens: int) -> list[int]:
     """Generate one sequence without cache, batch or scheduler."""
     params = request.params
-    sampler = SequenceSampler(
+    stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {STOP})
+    sampler = ReferenceSampler(
         params,
         vocab_size=program.config.vocab_size,
         prompt_ids=request.token_ids,
-        stop_ids=frozenset({STOP}),
+        stop_ids=stop_ids,
         seed=params.seed or 0,
         choice=index,
     )
@@ -56,7 +63,7 @@ def expected_tokens(program: FakeProgram, request: Request, index: int, max_toke
     known = list(request.token_ids)
     planned_long = len(known) + max_tokens > border
     output: list[int] = []
-    while len(output) < max_tokens and (params.ignore_eos or STOP not in output[-1:]):
+    while len(output) < max_tokens and stop_ids.isdisjoint(output[-1:]):
         is_long = {
             "auto": planned_long,
             "hf": len(known) > border,
@@ -64,7 +71,6 @@ def expected_tokens(program: FakeProgram, request: Request, index: int, max_toke
             "long": scaling is not None,
         }[request.rope_policy]
         output.append(sampler.sample(program.logits(known, use_long_factors=is_long), len(output)).token_id)
-        sampler.observe(output[-1])
         known.append(output[-1])
     return output
 

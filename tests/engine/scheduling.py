@@ -38,9 +38,10 @@ def add(
     return scheduler.add(request, max_tokens=max_tokens, stop_token_ids=frozenset({0}))
 
 
-def commit(scheduler: Scheduler, step: ScheduledStep, token_id: int = 5) -> None:
+def commit(scheduler: Scheduler, step: ScheduledStep, token_id: int = 5, *, num_true: int = 0) -> None:
+    """Sample a token for each chunk, and `num_true` of its guesses before it."""
     for chunk in step.chunks:
-        scheduler.commit(chunk, token_id if chunk.is_sampled else None)
+        scheduler.commit(chunk, [*chunk.draft[:num_true], token_id] if chunk.is_sampled else [])
 
 
 def spans(step: ScheduledStep) -> list[tuple[str, int, int, bool]]:

@@ -69,9 +69,9 @@ def test_stop_ids_and_lengths_end_a_sequence() -> None:
     add(scheduler, 4, 2, name="a")
     add(scheduler, 4, 9, name="b")
     first = scheduler.schedule()
-    assert [scheduler.commit(chunk, 5) for chunk in first.chunks] == [None, None]
+    assert [scheduler.commit(chunk, [5]) for chunk in first.chunks] == [None, None]
     second = scheduler.schedule()
-    assert [scheduler.commit(chunk, token) for chunk, token in zip(second.chunks, (5, 0), strict=True)] == [
+    assert [scheduler.commit(chunk, [token]) for chunk, token in zip(second.chunks, (5, 0), strict=True)] == [
         "length",
         "stop",
     ]
@@ -211,7 +211,7 @@ def test_tokens_whose_logits_are_needed_are_not_taken_from_the_cache(start: int,
     while chunks := scheduler.schedule().chunks:
         first = chunks[0].start if first is None else first
         rows += list(chunks[0].prompt_rows)
-        scheduler.commit(chunks[0], 5 if chunks[0].is_sampled else None)
+        scheduler.commit(chunks[0], [5] if chunks[0].is_sampled else [])
     assert first == computed_from
     assert rows == list(range(start - 1, 15))
 
@@ -223,7 +223,7 @@ def test_rows_of_logits_bound_a_chunk_that_wants_them() -> None:
     for _ in range(3):
         (chunk,) = scheduler.schedule().chunks
         seen.append((chunk.start, chunk.end, chunk.prompt_rows, chunk.is_sampled))
-        scheduler.commit(chunk, 5 if chunk.is_sampled else None)
+        scheduler.commit(chunk, [5] if chunk.is_sampled else [])
     assert seen == [(0, 10, range(6, 10), False), (10, 14, range(10, 14), False), (14, 15, range(14, 14), True)]
 
 
@@ -255,7 +255,7 @@ def test_hf_policy_switches_at_the_first_token_beyond_the_border() -> None:
     while chunks := scheduler.schedule().chunks:
         (chunk,) = chunks
         seen.append((chunk.start, chunk.end, sequence.use_long_factors))
-        scheduler.commit(chunk, 5)
+        scheduler.commit(chunk, [5])
     assert seen == [(0, 4, False), (4, 5, False), (5, 6, False), (0, 7, True), (7, 8, True)]
     assert scheduler.num_preemptions == 0
     assert scheduler.cache.num_used == 0

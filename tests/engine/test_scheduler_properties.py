@@ -42,6 +42,8 @@ PLANS = st.lists(
     prefill_chunk=st.sampled_from([None, 1, 3]),
     allow_reuse=st.booleans(),
     original_context=st.sampled_from([None, 9]),
+    draft_len=st.integers(0, 6),
+    num_true=st.integers(0, 6),
 )
 @settings(deadline=None, max_examples=300)
 def test_every_sequence_ends_and_every_limit_holds(
@@ -53,6 +55,8 @@ def test_every_sequence_ends_and_every_limit_holds(
     prefill_chunk: int | None,
     allow_reuse: bool,
     original_context: int | None,
+    draft_len: int,
+    num_true: int,
 ) -> None:
     scheduler = make_scheduler(
         num_blocks,
@@ -84,17 +88,23 @@ def test_every_sequence_ends_and_every_limit_holds(
             if now > 20:
                 break
             continue
-        assert sum(c.end - c.start for c in step.chunks) <= max_batch_tokens
-        assert sum(len(c.prompt_rows) + c.is_sampled for c in step.chunks) <= max_logit_rows
+        preemptions = scheduler.num_preemptions
+        scheduler.add_drafts(step, [(5,) * draft_len for _ in step.chunks])
+        assert scheduler.num_preemptions == preemptions
+        assert sum(c.end - c.start + len(c.draft) for c in step.chunks) <= max_batch_tokens
+        assert sum(len(c.prompt_rows) + c.is_sampled + len(c.draft) for c in step.chunks) <= max_logit_rows
         assert len({c.sequence for c in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
             sequence = chunk.sequence
-            assert chunk.start == sequence.num_computed < chunk.end <= len(sequence.block_table) * BLOCK
+            last = chunk.end + len(chunk.draft)
+            assert chunk.start == sequence.num_computed < chunk.end <= last <= len(sequence.block_table) * BLOCK
+            assert last <= sequence.prompt_len + sequence.max_tokens - 1 or not chunk.draft
+            assert sequence.use_long_factors or last <= (original_context or 10**9) or not chunk.draft
             assert chunk.is_sampled == (chunk.end == len(sequence.token_ids))
             assert len(chunk.prompt_rows) == 0 or chunk.start <= chunk.prompt_rows[0]
             assert len(chunk.prompt_rows) == 0 or chunk.prompt_rows[-1] < chunk.end
             rows.setdefault(sequence, []).extend(chunk.prompt_rows)
-        commit(scheduler, step)
+        commit(scheduler, step, num_true=num_true)
         if oldest and not oldest.is_finished:
             assert before != (oldest.num_computed, len(oldest.token_ids), oldest.use_long_factors), "no progress"
     else:

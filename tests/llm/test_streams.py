@@ -64,6 +64,41 @@ def test_streamed_equals_unstreamed(seed: int, stop: list[str], max_tokens: int,
         assert not any(text in choice.text for text in stop)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("ab \n", min_size=1, max_size=60),
+    stop=st.lists(st.text("ab \n", min_size=1, max_size=4), max_size=2),
+    max_tokens=st.integers(1, 60),
+    temperature=st.sampled_from([0.0, 10.0]),
+    n=st.integers(1, 2),
+    logprobs=st.sampled_from([None, 1]),
+)
+def test_guessing_ahead_changes_nothing_but_the_counts(
+    *, text: str, stop: list[str], max_tokens: int, temperature: float, n: int, logprobs: int | None
+) -> None:
+    question = [{"role": "user", "content": text}]
+    options = {"stop": stop, "max_tokens": max_tokens, "temperature": temperature, "n": n, "logprobs": logprobs}
+    plain, guessed = (
+        make_llm(draft_row_cost=0.0).chat(question, seed=1, speculate=mode, **options)  # type: ignore[call-overload]
+        for mode in ("off", "lookup")
+    )
+    assert guessed.choices == plain.choices
+    assert guessed.usage == plain.usage
+    assert plain.timings.drafted_tokens == 0
+    assert guessed.timings.accepted_tokens <= guessed.timings.drafted_tokens
+
+
+def test_an_answer_that_repeats_its_question_needs_few_steps() -> None:
+    llm = make_llm(draft_row_cost=0.0)
+    with closing(llm.chat(QUESTION, stream=True, temperature=0)) as stream:
+        text = "".join(chunk.text for chunk in stream)
+        assert text == QUESTION[0]["content"]
+        assert stream.timings.accepted_tokens > len(text) // 2
+        assert stream.timings.to_dict()["accepted_tokens"] == stream.timings.accepted_tokens
+    stats = engine_of(llm).stats
+    assert stats.num_accepted_tokens == stream.timings.accepted_tokens
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_comes_back_as_it_was(text: str) -> None:

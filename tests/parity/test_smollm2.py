@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import miniphi
 from benchmarks.numerics import (
     Agreement,
     compare,
@@ -13,6 +14,8 @@ from benchmarks.numerics import (
     windows,
 )
 from miniphi.checkpoint import open_checkpoint
+from miniphi.engine import Engine, EngineOptions
+from miniphi.llm import LLM
 from miniphi.tokenizer import Tokenizer
 from tests.shared_data import shared_path, smollm2_gguf
 
@@ -49,3 +52,20 @@ def test_no_further_from_transformers_than_llama_cpp(agreements: dict[str, Agree
         pytest.skip("the wheel of llama.cpp is for Linux")
     assert agreements["f16"].kl_divergence <= agreements["llama.cpp"].kl_divergence
     assert abs(agreements["f16"].perplexity / agreements["llama.cpp"].perplexity - 1) < 0.005
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_guessing_ahead_changes_no_bit(temperature: float) -> None:
+    text = "the lazy dog sleeps while the quick brown fox jumps over the fence and runs away. " * 3
+    question = [{"role": "user", "content": f"Repeat this text: {text}"}]
+    answers = []
+    for row_cost, mode in ((None, "off"), (0.0, "lookup"), (0.1, "lookup")):
+        options = EngineOptions(draft_row_cost=row_cost, max_context=512)
+        llm = miniphi.load(smollm2_gguf(), context=512)
+        llm = LLM(Engine(llm._engine._program, options=options), llm.tokenizer, llm.template, "smollm2")
+        answers.append(
+            llm.chat(question, temperature=temperature, seed=3, max_tokens=80, logprobs=3, n=2, speculate=mode)
+        )
+    for answer in answers[1:]:
+        assert answer.choices == answers[0].choices
+        assert 0 < answer.timings.accepted_tokens < answer.timings.drafted_tokens

@@ -170,6 +170,7 @@ class ChatSession:
             f"prompt               {usage.prompt_tokens} tokens, {usage.cached_tokens} of them cached, "
             f"{_rate(timings.prompt_tokens_per_s)}\n"
             f"answer               {usage.completion_tokens} tokens, {_rate(timings.completion_tokens_per_s)}\n"
+            f"guessed ahead        {timings.drafted_tokens} tokens, {timings.accepted_tokens} of them came true\n"
             f"context              {usage.total_tokens:,} of {self._llm.context:,} tokens"
         )
 

@@ -29,6 +29,7 @@ DEFAULT_TEMPERATURE = 0.2
 DEFAULT_TOP_P = 0.9
 
 KV_TYPES = ("f32", "f16", "q8")
+SPECULATIONS = ("off", "lookup")
 ROPE_POLICIES = ("auto", "hf", "short", "long")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
@@ -97,6 +98,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--stop-token-id", type=int, action="append", default=[], metavar="ID", help="end the answer at this token"
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end of the answer")
+    group.add_argument(
+        "--speculate",
+        choices=SPECULATIONS,
+        default="lookup",
+        help="guess tokens ahead from what the prompt and the answer already say: faster where an answer repeats them, "
+        "never another answer (default: %(default)s)",
+    )
 
 
 def sampling_params(args: argparse.Namespace, **more: Any) -> "SamplingParams":
@@ -119,6 +127,7 @@ def sampling_params(args: argparse.Namespace, **more: Any) -> "SamplingParams":
             stop=tuple(args.stop),
             stop_token_ids=tuple(args.stop_token_id),
             ignore_eos=args.ignore_eos,
+            speculate=args.speculate,
             **more,
         )
     except InvalidRequestError as error:

@@ -11,7 +11,7 @@ from miniphi.engine.request import (
     SequenceOutput,
     TokenLogprob,
 )
-from miniphi.engine.sampling_params import SamplingParams
+from miniphi.engine.sampling_params import SamplingParams, Speculation
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -27,5 +27,6 @@ __all__ = [
     "RopePolicy",
     "SamplingParams",
     "SequenceOutput",
+    "Speculation",
     "TokenLogprob",
 ]

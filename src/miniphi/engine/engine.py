@@ -4,6 +4,8 @@ Owns the life of a request from `submit` to its last `SequenceOutput`. Knows no 
 filters belong to the layer above, which calls `abort` when it has enough. All methods must be called from one thread.
 """
 
+import time
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 from miniphi.engine.batch import Batch, BatchRunner
 from miniphi.engine.kv_cache import KVCache
 from miniphi.engine.request import PromptLogprob, Request, Sequence, SequenceOutput
-from miniphi.engine.sampler import SampledToken, SequenceSampler, fresh_seed, prompt_logprob
+from miniphi.engine.sampler import SampledToken, SampleJob, fresh_seed, make_sampler, prompt_logprobs, sample
 from miniphi.engine.scheduler import ScheduledChunk, ScheduledStep, Scheduler, SchedulerLimits
+from miniphi.engine.speculation import PromptLookup, StepCosts, index_ngrams, plan_drafts
 from miniphi.errors import InvalidRequestError
+from miniphi.kernels import NativeSampler
 
 __all__ = ["Engine", "EngineOptions", "EngineStats", "build_batch"]
 
@@ -31,6 +35,8 @@ class EngineOptions:
     prefill_chunk: int | None = None
     """most prompt tokens of one sequence in one step; None leaves it to the program's `max_batch_tokens`"""
     allow_prefix_reuse: bool = True
+    draft_row_cost: float | None = None
+    """what one more row of a step costs, as a share of a step of one, for requests that speculate; None measures it"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +54,10 @@ class EngineStats:
     num_reused_tokens: int
     """tokens found in the prefix cache instead of computed"""
     num_preemptions: int
+    num_drafted_tokens: int
+    """tokens that were guessed ahead and computed"""
+    num_accepted_tokens: int
+    """guessed tokens that came true"""
 
 
 class Engine:
@@ -83,10 +93,14 @@ class Engine:
         )
         self._cache = KVCache(program.num_kv_blocks, allow_reuse=options.allow_prefix_reuse)
         self._scheduler = Scheduler(self._cache, limits)
-        self._samplers: dict[Sequence, SequenceSampler] = {}
+        self._samplers: dict[Sequence, NativeSampler] = {}
+        self._lookups: dict[Sequence, PromptLookup] = {}
+        self._step_costs = StepCosts(options.draft_row_cost)
         self._prompt_logprobs: dict[Sequence, list[PromptLogprob]] = {}
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
         self.failed_request_ids: tuple[str, ...] = ()
         """requests that ended because the last `step` raised"""
 
@@ -108,6 +122,8 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_reused_tokens=self._scheduler.num_reused_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def submit(self, request: Request) -> str:
@@ -125,7 +141,7 @@ class Engine:
         sequences = self._scheduler.add(request, max_tokens=max_tokens, stop_token_ids=stop_ids)
         seed = fresh_seed() if params.seed is None else params.seed
         for sequence in sequences:
-            self._samplers[sequence] = SequenceSampler(
+            self._samplers[sequence] = make_sampler(
                 params,
                 vocab_size=self._vocab_size,
                 prompt_ids=request.token_ids,
@@ -157,59 +173,92 @@ class Engine:
         step = self._scheduler.schedule()
         if not step.chunks:
             return []
+        is_decode = all(chunk.is_decode for chunk in step.chunks)
+        if is_decode and self._lookups:
+            self._add_drafts(step)
         try:
+            start_s = time.perf_counter()
             logits = self._program.run(build_batch(step))
             samples = self._sample(step, logits)
+            if is_decode:
+                self._step_costs.record(len(logits), time.perf_counter() - start_s)
         except BaseException:  # an interrupt, too, must leave no half-computed sequence behind
             self._fail(step)
             raise
         return [
             output
             for chunk, sampled in zip(step.chunks, samples, strict=True)
-            if (output := self._commit(chunk, sampled)) is not None
+            for output in self._commit(chunk, sampled)
         ]
 
-    def _sample(self, step: ScheduledStep, logits: NDArray[np.float32]) -> list[SampledToken | None]:
-        samples: list[SampledToken | None] = []
+    def _add_drafts(self, step: ScheduledStep) -> None:
+        lookups = [self._lookups.get(chunk.sequence) for chunk in step.chunks]
+        rooms = [self._scheduler.draft_room(chunk) for chunk in step.chunks]
+        lengths = plan_drafts(lookups, rooms, self._step_costs)
+        if any(lengths):
+            drafts = (
+                lookup.draft(length) if lookup and length else ()
+                for lookup, length in zip(lookups, lengths, strict=True)
+            )
+            self._scheduler.add_drafts(step, drafts)
+
+    def _sample(self, step: ScheduledStep, logits: NDArray[np.float32]) -> list[list[SampledToken]]:
+        jobs: list[SampleJob] = []
         row = 0
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            for position in chunk.prompt_rows:
-                scored = prompt_logprob(logits[row], sequence.token_ids[position + 1])
-                self._prompt_logprobs[sequence].append(scored)
-                row += 1
+            sequence, scored = chunk.sequence, chunk.prompt_rows
+            if scored:
+                targets = sequence.token_ids[scored.start + 1 : scored.stop + 1]
+                self._prompt_logprobs[sequence] += prompt_logprobs(logits[row : row + len(scored)], targets)
+                row += len(scored)
             if chunk.is_sampled:
-                samples.append(self._samplers[sequence].sample(logits[row], sequence.num_generated))
-                row += 1
-            else:
-                samples.append(None)
-        return samples
+                sampler, position = self._samplers[sequence], sequence.num_generated
+                jobs.append(SampleJob(sampler=sampler, row=row, position=position, draft=chunk.draft))
+                row += 1 + len(chunk.draft)
+        drawn = iter(sample(logits, jobs))
+        return [next(drawn) if chunk.is_sampled else [] for chunk in step.chunks]
 
-    def _commit(self, chunk: ScheduledChunk, sampled: SampledToken | None) -> SequenceOutput | None:
+    def _commit(self, chunk: ScheduledChunk, sampled: list[SampledToken]) -> list[SequenceOutput]:
         sequence = chunk.sequence
-        if sampled is None:
-            self._scheduler.commit(chunk, None)
-            return None
-        finish_reason = self._scheduler.commit(chunk, sampled.token_id)
-        self._num_generated_tokens += 1
-        if sequence.num_generated == 1 and sequence.index == 0:
+        num_before, num_accepted_before = sequence.num_generated, sequence.num_accepted
+        finish_reason = self._scheduler.commit(chunk, [token.token_id for token in sampled])
+        taken = sampled[: sequence.num_generated - num_before]
+        if not taken:
+            return []
+        self._num_generated_tokens += len(taken)
+        self._num_drafted_tokens += len(chunk.draft)
+        self._num_accepted_tokens += sequence.num_accepted - num_accepted_before
+        if num_before == 0 and sequence.index == 0:
             self._num_prompt_tokens += sequence.prompt_len
         scores = self._prompt_logprobs.pop(sequence, None)
         assert sequence.num_cached_tokens is not None, "a sequence generated before it was admitted"
-        if finish_reason is None:
-            self._samplers[sequence].observe(sampled.token_id)
-        else:
+        if finish_reason is not None:
             self._forget(sequence)
-        return SequenceOutput(
-            request_id=sequence.request.id,
-            index=sequence.index,
-            token_id=sampled.token_id,
-            logprob=sampled.logprob,
-            top_logprobs=sampled.top_logprobs,
-            finish_reason=finish_reason,
-            prompt_logprobs=None if scores is None else tuple(scores),
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        elif sequence.request.params.speculate == "lookup":
+            self._look_up(sequence)
+        return [
+            SequenceOutput(
+                request_id=sequence.request.id,
+                index=sequence.index,
+                token_id=token.token_id,
+                logprob=token.logprob,
+                top_logprobs=token.top_logprobs,
+                finish_reason=finish_reason if token is taken[-1] else None,
+                prompt_logprobs=tuple(scores) if scores is not None and token is taken[0] else None,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_drafted=sequence.num_drafted,
+                num_accepted=sequence.num_accepted,
+            )
+            for token in taken
+        ]
+
+    def _look_up(self, sequence: Sequence) -> None:
+        lookup = self._lookups.get(sequence)
+        if lookup is None:
+            shared = self._lookups.get(sequence.leader) if sequence.leader else None
+            prompt_index = shared.prompt_index if shared else index_ngrams(sequence.request.token_ids)
+            lookup = self._lookups[sequence] = PromptLookup(sequence.token_ids, prompt_index, sequence.prompt_len)
+        lookup.advance()
 
     def _fail(self, step: ScheduledStep) -> None:
         self.failed_request_ids = tuple(dict.fromkeys(chunk.sequence.request.id for chunk in step.chunks))
@@ -218,6 +267,7 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._samplers[sequence]
+        self._lookups.pop(sequence, None)
         self._prompt_logprobs.pop(sequence, None)
 
     def _checked_ids(self, name: str, token_ids: Iterable[int]) -> frozenset[int]:
@@ -231,31 +281,26 @@ class Engine:
 def build_batch(step: ScheduledStep) -> Batch:
     """Pack a step's chunks into the arrays that a program runs."""
     chunks = step.chunks
-    num_sequences = len(chunks)
-    num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
-    token_ids = np.empty(num_tokens, np.int32)
-    positions = np.empty(num_tokens, np.int32)
-    query_starts = np.zeros(num_sequences + 1, np.int32)
+    token_ids, positions, rows = array("i"), array("i"), array("i")
+    query_starts = array("i", [0])
     width = max(len(chunk.sequence.block_table) for chunk in chunks)
-    block_tables = np.zeros((num_sequences, width), np.int32)
-    rows: list[int] = []
-    cursor = 0
+    block_tables = np.zeros((len(chunks), width), np.int32)
     for index, chunk in enumerate(chunks):
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        stop = cursor + end - start
-        token_ids[cursor:stop] = sequence.token_ids[start:end]
-        positions[cursor:stop] = np.arange(start, end, dtype=np.int32)
-        query_starts[index + 1] = stop
+        offset = len(token_ids) - start
+        token_ids += sequence.token_ids[start:end]
+        token_ids.extend(chunk.draft)
+        positions.extend(range(start, end + len(chunk.draft)))
+        query_starts.append(len(token_ids))
         block_tables[index, : len(sequence.block_table)] = sequence.block_table
-        rows.extend(range(cursor + chunk.prompt_rows.start - start, cursor + chunk.prompt_rows.stop - start))
+        rows.extend(position + offset for position in chunk.prompt_rows)
         if chunk.is_sampled:
-            rows.append(stop - 1)
-        cursor = stop
+            rows.extend(range(end - 1 + offset, end + len(chunk.draft) + offset))
     return Batch(
-        token_ids=token_ids,
-        positions=positions,
-        query_starts=query_starts,
-        context_lens=np.array([chunk.end for chunk in chunks], np.int32),
+        token_ids=np.array(token_ids, np.int32),
+        positions=np.array(positions, np.int32),
+        query_starts=np.array(query_starts, np.int32),
+        context_lens=np.array([chunk.end + len(chunk.draft) for chunk in chunks], np.int32),
         block_tables=block_tables,
         use_long_factors=np.array([chunk.sequence.use_long_factors for chunk in chunks], np.bool_),
         logit_rows=np.array(rows, np.int32),

@@ -166,7 +166,9 @@ class Program:
 
         With `reference`, in NumPy and on a cache of its own: a sequence must use one of the two throughout.
         """
-        token_factors = np.repeat(batch.use_long_factors, np.diff(batch.query_starts))
+        token_factors = batch.use_long_factors  # already one for each token where every sequence brings one
+        if token_factors.size < batch.token_ids.size:
+            token_factors = np.repeat(token_factors, np.diff(batch.query_starts))
         cos, sin = self._rope.rows(batch.positions, token_factors)
         if reference:
             self._reference = self._reference or ReferenceRunner(

@@ -147,6 +147,10 @@ class SequenceOutput:
     """with the first token of sequence 0, if `prompt_logprobs_start` asked for them"""
     num_cached_tokens: int
     """prompt tokens that the prefix cache already held when the sequence was first admitted"""
+    num_drafted: int
+    """tokens of the sequence that were guessed so far"""
+    num_accepted: int
+    """those that came true"""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -176,6 +180,10 @@ class Sequence:
     """the prompt was computed once, whether or not it is still in the cache"""
     num_cached_tokens: int | None = None
     """prompt tokens found in the prefix cache at the first admission; None before it"""
+    num_drafted: int = 0
+    """tokens that were guessed and computed"""
+    num_accepted: int = 0
+    """guessed tokens that came true"""
     is_finished: bool = False
 
     @property

@@ -6,10 +6,18 @@ Knows nothing of the model: what depends on the vocabulary or the context is che
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from miniphi.errors import InvalidRequestError
 
-__all__ = ["MAX_LOGPROBS", "MAX_SEQUENCES_PER_REQUEST", "MAX_STOP_STRINGS", "SamplingParams"]
+__all__ = ["MAX_LOGPROBS", "MAX_SEQUENCES_PER_REQUEST", "MAX_STOP_STRINGS", "SamplingParams", "Speculation"]
+
+Speculation = Literal["off", "lookup"]
+"""How tokens are guessed ahead of the model.
+
+* off: not at all;
+* lookup: as the sequence went on after an earlier occurrence of its last tokens, where that promises to be faster.
+"""
 
 MAX_LOGPROBS = 20
 """Alternatives a token may be reported with, as in the OpenAI API."""
@@ -25,7 +33,7 @@ MAX_ABSOLUTE_BIAS = 100.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. The steps are applied in the order of `SequenceSampler.sample`.
+    """How to choose tokens. The steps are applied in the order of `ReferenceSampler.sample`.
 
     Raises:
         InvalidRequestError: a value is out of range; the message names the field.
@@ -58,6 +66,8 @@ class SamplingParams:
     """stop ids are not sampled before this many tokens"""
     ignore_eos: bool = False
     """go on after the model's own stop ids; those of `stop_token_ids` still stop"""
+    speculate: Speculation = "lookup"
+    """how to guess tokens ahead; changes the speed and never a token"""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -78,6 +88,8 @@ class SamplingParams:
             _check_integer("max_tokens", self.max_tokens, low=1)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")
+        if self.speculate not in get_args(Speculation):
+            raise InvalidRequestError(f"speculate must be one of {get_args(Speculation)}, not {self.speculate!r}")
         self._check_collections()
 
     def _check_collections(self) -> None:

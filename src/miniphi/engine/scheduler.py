@@ -1,19 +1,22 @@
 """Which tokens of which sequences run in the next step.
 
 Owns the queues, and drives a `KVCache`. Knows no model and no arrays of numbers: it turns requests into sequences,
-sequences into chunks of tokens, and sampled tokens into finished sequences.
+sequences into chunks of tokens, and sampled tokens into finished sequences. Who guesses tokens, and how, it is told.
 
 * First every running sequence that waits for one token gets it, oldest first. When blocks run out the newest running
   sequence is pre-empted: it keeps its tokens, loses its blocks, and is computed again later. The oldest is never
   pre-empted, and admission made sure that it fits alone, so there is always progress.
 * What is left of the step's tokens goes to prompts, first come first served, in chunks.
 * A sequence reserves the blocks of all its known tokens when it is admitted.
+* Guessed tokens may use what blocks are free, but nothing is pre-empted for them. What was computed for guesses that
+  did not come true stays in the cache behind the sequence's end, where it is overwritten before anything reads it.
 * Sequences 1 to n - 1 of a request wait until sequence 0 has computed the prompt, and then find its full blocks.
 """
 
 from array import array
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from miniphi.engine.kv_cache import KVCache
@@ -57,6 +60,13 @@ class ScheduledChunk:
     """positions whose logits give the log-probability of the prompt token after them"""
     is_sampled: bool
     """the logits of the last position give a new token"""
+    draft: tuple[int, ...] = ()
+    """guessed tokens, computed after the known ones: the logits of each position give a new token as well"""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is the one token that was sampled last."""
+        return self.is_sampled and self.end - self.start == 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,20 +179,55 @@ class Scheduler:
             step.take(admitted, chunk)
         return step
 
-    def commit(self, chunk: ScheduledChunk, token_id: int | None) -> FinishReason | None:
-        """Record that a chunk was computed, and the token sampled from it if it has one; say whether that ends it."""
+    def draft_room(self, chunk: ScheduledChunk) -> int:
+        """Return how many guessed tokens a chunk may be given at most, as far as its sequence is concerned."""
         sequence = chunk.sequence
-        sequence.num_computed = chunk.end
+        if not chunk.is_decode:
+            return 0
+        room = sequence.max_tokens - sequence.num_generated - 1  # the last token that is sampled is never computed
+        border = self.limits.original_context
+        if border is not None and sequence.request.rope_policy == "hf" and not sequence.use_long_factors:
+            room = min(room, border - chunk.end)  # beyond it the logits would have to be those of the long factors
+        num_blocks = len(sequence.block_table) + self.cache.num_available
+        return max(0, min(room, num_blocks * self.cache.block_size - chunk.end))
+
+    def add_drafts(self, step: ScheduledStep, drafts: Iterable[tuple[int, ...]]) -> None:
+        """Give each chunk of a step its guessed tokens, or as many of them as there is still room for."""
+        for index, (chunk, wanted) in enumerate(zip(step.chunks, drafts, strict=True)):
+            room = min(self.draft_room(chunk), step.num_free_tokens, step.num_free_rows)
+            draft = wanted[:room]
+            if not draft:
+                continue
+            block_table = chunk.sequence.block_table
+            missing = self.cache.num_blocks_for(chunk.end + len(draft)) - len(block_table)
+            if missing > 0:
+                block_table.extend(self.cache.reserve(missing))
+            step.num_free_tokens -= len(draft)
+            step.num_free_rows -= len(draft)
+            step.chunks[index] = replace(chunk, draft=draft)
+
+    def commit(self, chunk: ScheduledChunk, token_ids: Iterable[int]) -> FinishReason | None:
+        """Record that a chunk was computed, and the tokens sampled from it; say whether one of them ends the sequence.
+
+        There is one token for each guess that came true and one more, or none if the chunk is not sampled. Those after
+        one that ends the sequence are left out.
+        """
+        sequence = chunk.sequence
         if chunk.prompt_rows:
             sequence.next_prompt_logprob = chunk.prompt_rows.stop + 1
         if chunk.end >= sequence.prompt_len:
             sequence.is_prompt_computed = True
-        if chunk.end // self.cache.block_size > chunk.start // self.cache.block_size:
-            self._share_blocks(sequence, chunk)
-        if token_id is None:
-            return None
-        sequence.token_ids.append(token_id)
-        reason = sequence.finish_reason()
+        reason: FinishReason | None = None
+        sequence.num_computed = chunk.end
+        for number, token_id in enumerate(token_ids):
+            sequence.num_computed = chunk.end + number  # all but the newest token, which no step has seen
+            sequence.token_ids.append(token_id)
+            reason = sequence.finish_reason()
+            if reason is not None:
+                break
+        sequence.num_drafted += len(chunk.draft)
+        sequence.num_accepted += sequence.num_computed - chunk.end
+        self._share_blocks(sequence, chunk.start)
         if reason is not None:
             self._end(sequence)
         elif self._outgrew_short_factors(sequence):
@@ -235,10 +280,11 @@ class Scheduler:
         self._extend_keys(sequence, count)
         return self.cache.match_prefix(sequence.block_keys[:count])
 
-    def _share_blocks(self, sequence: Sequence, chunk: ScheduledChunk) -> None:
-        if not self.cache.allow_reuse:
+    def _share_blocks(self, sequence: Sequence, start: int) -> None:
+        """Let others find the blocks that were filled from position `start` on."""
+        first, last = start // self.cache.block_size, sequence.num_computed // self.cache.block_size
+        if first == last or not self.cache.allow_reuse:
             return
-        first, last = chunk.start // self.cache.block_size, chunk.end // self.cache.block_size
         self._extend_keys(sequence, last)
         for index in range(first, last):
             self.cache.commit(sequence.block_table[index], sequence.block_keys[index])

@@ -1,4 +1,4 @@
-"""The door to the native kernels: weight formats, packed matrices, programs, and what this machine can do.
+"""The door to the native kernels: weight formats, packed matrices, programs, samplers, and this machine.
 
 Owns the names and numbers that Python and csrc share. Knows no model, no file and no scheduling.
 """
@@ -27,6 +27,7 @@ __all__ = [
     "MachineLimits",
     "MappedMatrices",
     "NativeProgram",
+    "NativeSampler",
     "PackedMatrix",
     "Packer",
     "available_isas",
@@ -35,11 +36,15 @@ __all__ = [
     "layout_fingerprint",
     "matmul",
     "measure_machine",
+    "sample_rows",
+    "score_rows",
     "selected_isa",
+    "uniform",
 ]
 
 PackedMatrix = _native.PackedMatrix
 NativeProgram = _native.Program
+NativeSampler = _native.Sampler
 
 
 class Kind(IntEnum):
@@ -184,6 +189,41 @@ def matmul(
     Where a matrix is quantised, x is rounded to int8 in groups; `fine` gives it a second int8 plane for the rest.
     """
     return _native.matmul(list(matrices), x, fine, selected_isa(isa), num_threads)
+
+
+def sample_rows(
+    logits: NDArray[np.float32],
+    samplers: Sequence[NativeSampler],
+    rows: Sequence[int],
+    positions: Sequence[int],
+    drafts: Sequence[Sequence[int]],
+) -> list[list[tuple[int, float | None, list[tuple[int, float]] | None]]]:
+    """Draw tokens from logits [rows, V], which are overwritten, as csrc/sampler.h describes.
+
+    Sampler i draws token `positions[i]` of its answer from row `rows[i]`, and from the rows after it while its tokens
+    are those of `drafts[i]`. Returns each sampler's tokens as (token id, log-probability, best alternatives).
+    Raises MiniphiError for a logit that is not finite, or where everything is masked.
+    """
+    try:
+        return _native.sample(logits, samplers, rows, positions, drafts)
+    except RuntimeError as error:
+        raise MiniphiError(str(error)) from None
+
+
+def score_rows(logits: NDArray[np.float32], token_ids: NDArray[np.int32]) -> list[tuple[float, bool]]:
+    """Return of each token its log-probability under its row of logits [rows, V], and whether it is the likeliest.
+
+    Raises MiniphiError for a logit that is not finite.
+    """
+    try:
+        return _native.score_tokens(logits, token_ids)
+    except RuntimeError as error:
+        raise MiniphiError(str(error)) from None
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """Return a number from 0 to below 1, on a grid of 2**-53, that depends on nothing but the arguments."""
+    return _native.uniform(seed, choice, position)
 
 
 def cache_block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, cache_type: CacheType) -> int:

@@ -67,6 +67,40 @@ class Program:
     def logits_width(self) -> int: ...
 
 def layout_fingerprint(kind: int) -> int: ...
+
+class Sampler:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        num_logprobs: int | None,
+        min_tokens: int,
+        masked: Integers,
+        masked_early: Integers,
+        bias_ids: Integers,
+        biases: Floats,
+        prompt_ids: Integers,
+        seed: int,
+        choice: int,
+    ) -> None: ...
+    def observe(self, token_id: int) -> None: ...
+
+def sample(
+    logits: Floats,
+    samplers: Sequence[Sampler],
+    rows: Sequence[int],
+    positions: Sequence[int],
+    drafts: Sequence[Sequence[int]],
+) -> list[list[tuple[int, float | None, list[tuple[int, float]] | None]]]: ...
+def score_tokens(logits: Floats, token_ids: Integers) -> list[tuple[float, bool]]: ...
+def uniform(seed: int, choice: int, position: int) -> float: ...
 def available_isas() -> list[str]: ...
 def selected_isa(isa: str = ...) -> str: ...
 def matmul(matrices: Sequence[PackedMatrix], x: Floats, fine: bool, isa: str, num_threads: int) -> Floats: ...

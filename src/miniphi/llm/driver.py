@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -79,17 +79,21 @@ class EngineDriver:
             except Exception as error:
                 self._fail(error)
                 return
-            now_s = time.perf_counter()
-            for output in outputs:
-                self._deliver(output, now_s)
+            self._deliver(outputs, time.perf_counter())
             if self._on_first_rest is not None and not self.engine.has_work:
                 on_first_rest, self._on_first_rest = self._on_first_rest, None
                 on_first_rest()
 
-    def _deliver(self, output: SequenceOutput, now_s: float) -> None:
-        must_end = self._sinks[output.request_id].accept(output, now_s)
-        if must_end and output.finish_reason is None:
-            self.engine.abort(output.request_id, output.index)
+    def _deliver(self, outputs: Iterable[SequenceOutput], now_s: float) -> None:
+        ended: set[tuple[str, int]] = set()
+        for output in outputs:
+            key = output.request_id, output.index
+            if key in ended:  # the tokens that a step guessed behind a stop string
+                continue
+            must_end = self._sinks[output.request_id].accept(output, now_s)
+            if must_end and output.finish_reason is None:
+                ended.add(key)
+                self.engine.abort(*key)
 
     def _fail(self, error: Exception) -> None:
         """Tell those whose requests ended with the step; the others go on."""

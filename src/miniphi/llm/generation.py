@@ -39,6 +39,8 @@ class _ChoiceText:
     def __init__(self, index: int, decoder: StreamDecoder, stops: StopMatcher) -> None:
         self.is_finished = False
         self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
         self._index = index
         self._decoder = decoder
         self._stops = stops
@@ -48,6 +50,7 @@ class _ChoiceText:
     def push(self, output: SequenceOutput, logprob: TokenLogprob | None) -> Chunk | None:
         """Take one token; return the text that may leave with it, or None if there is nothing to tell yet."""
         self.num_tokens += 1
+        self.num_drafted, self.num_accepted = output.num_drafted, output.num_accepted
         self._token_ids.append(output.token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
@@ -140,7 +143,12 @@ class Generation:
         """Speed so far."""
         if self._first_s is None or self._last_s is None:
             return Timings(
-                time_to_first_token_s=None, prompt_tokens_per_s=None, completion_tokens_per_s=None, total_s=0.0
+                time_to_first_token_s=None,
+                prompt_tokens_per_s=None,
+                completion_tokens_per_s=None,
+                total_s=0.0,
+                drafted_tokens=0,
+                accepted_tokens=0,
             )
         to_first_s = self._first_s - self._started_s
         usage = self.usage
@@ -149,6 +157,8 @@ class Generation:
             prompt_tokens_per_s=_rate(usage.prompt_tokens - usage.cached_tokens, to_first_s),
             completion_tokens_per_s=_rate(usage.completion_tokens - 1, self._last_s - self._first_s),
             total_s=self._last_s - self._started_s,
+            drafted_tokens=sum(choice.num_drafted for choice in self._choices),
+            accepted_tokens=sum(choice.num_accepted for choice in self._choices),
         )
 
     def _describe(self, output: SequenceOutput) -> TokenLogprob | None:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from miniphi.chat import ChatTemplate
-from miniphi.engine import Engine, Request, RopePolicy, SamplingParams
+from miniphi.engine import Engine, Request, RopePolicy, SamplingParams, Speculation
 from miniphi.errors import InvalidRequestError, UnsupportedModelError
 from miniphi.llm.driver import EngineDriver
 from miniphi.llm.generation import CompletionStream, run_to_end
@@ -42,6 +42,7 @@ class SamplingOptions(TypedDict, total=False):
     max_tokens: int | None
     min_tokens: int
     ignore_eos: bool
+    speculate: Speculation
 
 
 class LLM:

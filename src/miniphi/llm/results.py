@@ -83,20 +83,26 @@ class Timings:
 
     `prompt_tokens_per_s` counts the prompt tokens that were computed, over the time to the first token;
     `completion_tokens_per_s` counts the tokens after the first one, over the time between the first and the last.
+    `drafted_tokens` were guessed ahead of the model (see SamplingParams.speculate); `accepted_tokens` of them came true
+    and saved a step each.
     """
 
     time_to_first_token_s: float | None
     prompt_tokens_per_s: float | None
     completion_tokens_per_s: float | None
     total_s: float
+    drafted_tokens: int
+    accepted_tokens: int
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, float | int | None]:
         """Return JSON values."""
         return {
             "time_to_first_token_s": self.time_to_first_token_s,
             "prompt_tokens_per_s": self.prompt_tokens_per_s,
             "completion_tokens_per_s": self.completion_tokens_per_s,
             "total_s": self.total_s,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
         }
 
 
