@@ -22,8 +22,8 @@ from miniphi.models import machine_memory
 PAUSE_S = 0.3
 """Before every measurement, so that the threads of the engine before are asleep."""
 
-_TRIAL_TOKENS = 2
-"""Decoded to warm up and to choose among an engine's settings"""
+_WARM_TOKENS = {"prefill": 512, "decode": 2}
+"""What a process does before it is timed, at the depth of its work"""
 
 _CALIBRATION_BYTES = 1 << 28  # per thread
 _SPARE_BYTES = 1 << 30
@@ -49,7 +49,7 @@ class _Contender:
 
     @property
     def key(self) -> str:
-        return f"{self.engine.name} {_in_words(self.variant)}"
+        return _key(self.engine, self.variant)
 
 
 class _Workers:
@@ -60,6 +60,7 @@ class _Workers:
         self._alive: dict[str, Worker] = {}
 
     def get(self, contender: _Contender) -> Worker:
+        """Return an engine's process; a new one has done a little of the work, so that its caches are warm."""
         worker = self._alive.pop(contender.key, None)
         if worker is None:
             while self._alive and machine_memory().available_bytes < contender.num_bytes + _SPARE_BYTES:
@@ -67,11 +68,13 @@ class _Workers:
                 say(f"  ending {longest}: memory is short")
                 self._alive.pop(longest).close()
             worker = start_worker(contender.engine, contender.path, self._work, contender.variant, self._num_threads)
+            self._alive[contender.key] = worker
+            ask(worker, self._work, min(self._work.num_tokens, _WARM_TOKENS[self._work.kind]))
         self._alive[contender.key] = worker
         return worker
 
-    def close(self, contender: _Contender) -> None:
-        worker = self._alive.pop(contender.key, None)
+    def close(self, key: str) -> None:
+        worker = self._alive.pop(key, None)
         if worker is not None:
             worker.close()
 
@@ -86,6 +89,13 @@ def start_worker(engine: Engine, path: Path, work: Work, variant: Variant, num_t
     options = {"model": str(path), "num_threads": num_threads, "context": work.context, "streams": work.streams}
     options |= {"cache": work.cache, "is_deep": work.is_deep} | dict(variant)
     return Worker(engine.python, engine.runner, options)
+
+
+def ask(worker: Worker, work: Work, num_tokens: int) -> tuple[float, int]:
+    """Return the speed of a work, or of a shorter one of its kind, and the peak memory of the process."""
+    if work.kind == "prefill":
+        return worker.ask("prefill", num_tokens=num_tokens)
+    return worker.ask("decode", depth=work.depth, num_tokens=num_tokens, streams=work.streams)
 
 
 def hold(block: Block, work: Work, engines: Mapping[str, Engine], settings: Settings, deadline: float) -> None:
@@ -107,6 +117,7 @@ def hold(block: Block, work: Work, engines: Mapping[str, Engine], settings: Sett
                 except WorkerError as error:
                     block.missing[contender.engine.name] = str(error)
                     contenders.remove(contender)
+                    workers.close(contender.key)
                     continue
                 after = _calibrate(settings)
                 block.samples.append(
@@ -130,28 +141,19 @@ def _choose(block: Block, work: Work, engine: Engine, settings: Settings, worker
     variants = engine.variants(work, settings.folder)
     for variant in variants:
         try:
-            path = engine.model_file(block.model, settings.folder)
-            cache_bytes = work.streams * work.context * config.kv_values_per_token
-            contender = _Contender(
-                engine=engine,
-                variant=variant,
-                path=path,
-                num_bytes=_size(path) + cache_bytes * engine.kv_value_bytes(work, config, variant),
-            )
-            if work.kind == "start":  # the page cache, and what an engine keeps from its first start
-                _measure(contender, work, workers, settings)
-            value, _ = _measure(contender, work, workers, settings, is_trial=len(variants) == 1)
+            contender = _contender(engine, variant, block.model, work, settings)
+            value = _try(contender, work, workers, settings, is_only=len(variants) == 1)
         except (WorkerError, MiniphiError, subprocess.CalledProcessError) as error:
             block.missing[engine.name] = str(error)
+            workers.close(_key(engine, variant))
             continue
-        say(f"  trial {contender.key:40} {value:10.2f} {block.unit}")
         rank = -value if block.unit == "s" else value
         if best is None or rank > best[0]:
             if best is not None:
-                workers.close(best[1])
+                workers.close(best[1].key)
             best = (rank, contender)
         else:
-            workers.close(contender)
+            workers.close(contender.key)
     if best is None:
         return None
     block.missing.pop(engine.name, None)
@@ -164,24 +166,35 @@ def _choose(block: Block, work: Work, engine: Engine, settings: Settings, worker
     return chosen
 
 
-def _measure(
-    contender: _Contender, work: Work, workers: _Workers, settings: Settings, *, is_trial: bool = False
-) -> tuple[float, int]:
+def _contender(engine: Engine, variant: Variant, model: str, work: Work, settings: Settings) -> _Contender:
+    path = engine.model_file(model, settings.folder)
+    config = model_config(model)
+    cached = work.streams * work.context * config.kv_values_per_token
+    num_bytes = _size(path) + cached * engine.kv_value_bytes(work, config, variant)
+    return _Contender(engine=engine, variant=variant, path=path, num_bytes=num_bytes)
+
+
+def _try(contender: _Contender, work: Work, workers: _Workers, settings: Settings, *, is_only: bool) -> float:
+    """Return a first figure of an engine with some settings, whose only use is to choose among several."""
+    if work.kind == "start":  # the page cache, and what an engine keeps of its first start
+        _measure(contender, work, workers, settings)
+    elif is_only and work.kind != "command":
+        workers.get(contender)
+        say(f"  ready {contender.key}")
+        return 0.0
+    value, _ = _measure(contender, work, workers, settings)
+    say(f"  tried {contender.key:40} {value:10.2f} {work.unit}")
+    return value
+
+
+def _measure(contender: _Contender, work: Work, workers: _Workers, settings: Settings) -> tuple[float, int]:
     """Return one figure in the work's unit, and the peak memory of the process that gave it."""
     time.sleep(PAUSE_S)
     if work.kind == "command":
         return _time_command(), 0
     if work.kind == "start":
         return _time_start(contender, work, settings)
-    worker = workers.get(contender)
-    try:
-        if work.kind == "prefill":
-            return worker.ask("prefill", num_tokens=min(512, work.num_tokens) if is_trial else work.num_tokens)
-        num_tokens = _TRIAL_TOKENS if is_trial else work.num_tokens
-        return worker.ask("decode", depth=work.depth, num_tokens=num_tokens, streams=work.streams)
-    except WorkerError:
-        workers.close(contender)
-        raise
+    return ask(workers.get(contender), work, work.num_tokens)
 
 
 def _time_start(contender: _Contender, work: Work, settings: Settings) -> tuple[float, int]:
@@ -221,6 +234,10 @@ def _calibrate(settings: Settings) -> Limits:
 def _size(path: Path) -> int:
     files: Sequence[Path] = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _key(engine: Engine, variant: Variant) -> str:
+    return f"{engine.name} {_in_words(variant)}"
 
 
 def _in_words(variant: Variant) -> str:

@@ -116,7 +116,7 @@ def find_engines() -> tuple[dict[str, Engine], dict[str, str]]:
         absent[LLAMA_CPP] = f"not measured: {library or 'xllamacpp is not installed'}" + (
             " does not exist" if library else "; pip install xllamacpp, or set LLAMA_CPP_LIBRARY to a libllama.so"
         )
-    python = os.environ.get("OPENVINO_PYTHON", sys.executable)
+    python = os.environ.get("OPENVINO_PYTHON") or sys.executable
     version = _openvino_version(python)
     if version is not None:
         engines[OPENVINO] = Engine(

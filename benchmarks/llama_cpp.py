@@ -102,7 +102,6 @@ def _library() -> ctypes.CDLL:
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (pointer, ctypes.c_int32)),
         "llama_get_memory": (pointer, (pointer,)),
         "llama_memory_clear": (None, (pointer, ctypes.c_bool)),
-        "llama_memory_seq_add": (None, (pointer, sequence, position, position, position)),
         "llama_memory_seq_cp": (None, (pointer, sequence, sequence, position, position)),
         "llama_memory_seq_rm": (ctypes.c_bool, (pointer, sequence, position, position)),
         "llama_state_seq_get_size": (size, (pointer, sequence)),
@@ -133,6 +132,19 @@ def _context_parameters(library: ctypes.CDLL, context: int, streams: int, cache:
     parameters.type_k, parameters.type_v = cache.key_type, cache.value_type
     parameters.rest[flags + len(_FLAGS) - 1] = cache.is_shared
     return parameters
+
+
+def _find_positions(words: memoryview, length: int) -> range:
+    """Return which words of a sequence's saved state are its tokens' positions, 0 to length - 1.
+
+    They are the first words that count up in equal steps; a step holds a position and what sequences it belongs to.
+    """
+    for first in range(min(64, len(words))):
+        for step in range(2, 8):
+            places = range(first, first + length * step, step)
+            if places[-1] < len(words) and all(words[place] == i for i, place in enumerate(places)):
+                return places
+    raise RuntimeError("this build of llama.cpp saves a sequence in a way that benchmarks/llama_cpp.py does not know")
 
 
 class LlamaCpp:
@@ -173,19 +185,28 @@ class LlamaCpp:
         if not self._library.llama_memory_seq_rm(self._memory, sequence, length, -1):
             raise RuntimeError(f"llama.cpp cannot cut sequence {sequence} at {length}")
 
+    def state_bytes(self, sequence: int) -> int:
+        """Return how much llama.cpp would save of a sequence: its keys and values, and a few bytes a token."""
+        return int(self._library.llama_state_seq_get_size(self._context, sequence))
+
     def repeat(self, length: int, depth: int) -> None:
         """Make sequence 0 as long as `depth` from copies of its first `length` tokens; sequence 1 is used on the way.
 
-        Needs a shared cache. The copies hold other keys than a real prompt would, in as many bytes.
+        Needs a shared cache. Keys are copied as they are, turned to the positions of the originals: to read them
+        takes as long, and they mean nothing. (llama.cpp can turn them, and crashes over it with quantised keys and
+        LongRoPE.)
         """
         library, memory = self._library, self._memory
-        size = library.llama_state_seq_get_size(self._context, 0)
+        size = self.state_bytes(0)
         state = ctypes.create_string_buffer(size)
         library.llama_state_seq_get_data(self._context, state, size, 0)
+        words = memoryview(state).cast("B")[: size // 4 * 4].cast("i")
+        positions = _find_positions(words, length)
         for start in range(length, depth, length):
+            for i, word in enumerate(positions):
+                words[word] = start + i
             if not library.llama_state_seq_set_data(self._context, state, size, 1):
                 raise RuntimeError(f"llama.cpp has no room for tokens {start} to {start + length}")
-            library.llama_memory_seq_add(memory, 1, 0, -1, start)
             library.llama_memory_seq_cp(memory, 1, 0, -1, -1)
             library.llama_memory_seq_rm(memory, 1, -1, -1)
         self.cut(0, depth)

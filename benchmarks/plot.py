@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.results import OURS, Block, Results
+from benchmarks.results import OURS, Block, Results, number
 from miniphi.atomic_write import atomic_file
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ _INK, _PAPER = "#1f2328", "#fefefe"
 _DARK_INK, _DARK_PAPER = "#e6edf3", "#0d1117"
 _COLOURS = ("#159a80", "#d9722e", "#7a6ff0", "#b0578d")  # told apart on both papers, and without red against green
 _MARKERS = ("o", "s", "^", "D")
+_MOST_OPS = 3e4  # per byte, where the axis ends
 _STYLE = f"""<style>
 svg {{ --ink: {_INK}; --paper: {_PAPER}; }}
 @media (prefers-color-scheme: dark) {{ svg {{ --ink: {_DARK_INK}; --paper: {_DARK_PAPER}; }} }}
@@ -64,7 +65,7 @@ def _speeds(results: Results) -> "Figure | None":
     rows = [block for block in results.blocks if any(block.ratio(peer) is not None for peer in peers)]
     if not rows:
         return None
-    figure = Figure(figsize=(7.5, 0.6 + 0.75 * len(rows)))
+    figure = Figure(figsize=(7.5, 0.8 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(results.engines)
     for row, block in enumerate(rows):
@@ -77,7 +78,7 @@ def _speeds(results: Results) -> "Figure | None":
             length = best if engine == OURS else best / scores[engine]
             place = row + (index - (len(results.engines) - 1) / 2) * height
             axes.barh(place, length, height * 0.9, color=_COLOURS[index], label=engine if row == 0 else None)
-            axes.text(length, place, f" {median:,.3g} {block.unit}", va="center", fontsize=7)
+            axes.text(length, place, f" {number(median)} {block.unit}", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [f"{block.label}\n{_short(block.model)}" for block in rows])
     axes.invert_yaxis()
     axes.axvline(1, color=_INK, linewidth=0.8, linestyle=":")
@@ -97,34 +98,27 @@ def _roofline(results: Results) -> "Figure | None":
     limits = [limits for block in blocks for sample in block.samples for limits in (sample.before, sample.after)]
     rate = max(limit.int8_ops_per_s for limit in limits) / 1e9
     bandwidths = [pick(limit.read_bytes_per_s for limit in limits) / 1e9 for pick in (min, max)]
-    figure = Figure(figsize=(7.5, 4.8))
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    xs = [1.0, *(rate / bandwidth for bandwidth in reversed(bandwidths)), 1e5]
+    xs = [1.0, *(rate / bandwidth for bandwidth in reversed(bandwidths)), _MOST_OPS]
     low, high = ([min(rate, bandwidth * x) for x in xs] for bandwidth in bandwidths)
     axes.fill_between(xs, low, high, color=_INK, alpha=0.15, linewidth=0)
     axes.plot(xs, low, color=_INK, linewidth=1)
     axes.plot(xs, high, color=_INK, linewidth=1)
-    axes.text(
-        1.05,
-        high[0] * 1.1,
-        f"reads {bandwidths[0]:.0f} to {bandwidths[1]:.0f} GB/s",
-        rotation=0,
-        fontsize=8,
-        va="bottom",
-    )
-    axes.text(9e4, rate * 1.08, f"{rate:.0f} int8 Gop/s", ha="right", va="bottom", fontsize=8)
+    axes.text(1.1, 0.42 * rate, f"reads\n{bandwidths[0]:.0f} to {bandwidths[1]:.0f} GB/s", fontsize=8)
+    axes.text(_MOST_OPS, rate * 1.08, f"{rate:.0f} int8 Gop/s", ha="right", va="bottom", fontsize=8)
     for index, engine in enumerate(results.engines):
         points = [point for block in blocks if (point := _point(block, engine)) is not None]
         if points:
             places = ([point[0] for point in points], [point[1] for point in points])
             axes.scatter(*places, s=26, color=_COLOURS[index], marker=_MARKERS[index], label=engine, zorder=3)
-    for number, block in enumerate(blocks, 1):
+    for place, block in enumerate(blocks, 1):
         if (point := _point(block, OURS)) is not None:
-            axes.annotate(str(number), point, xytext=(4, 5), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlim=(1, 1e5), xlabel="int8 operations per byte read", ylabel="Gop/s")
+            axes.annotate(str(place), point, xytext=(4, 5), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlim=(1, _MOST_OPS), xlabel="int8 operations per byte read", ylabel="Gop/s")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*_legend(axes), loc="outside upper center", ncols=len(results.engines), frameon=False)
-    names = [f"{number}  {_short(block.model)}: {block.label}" for number, block in enumerate(blocks, 1)]
+    names = [f"{place}  {_short(block.model)}: {block.label}" for place, block in enumerate(blocks, 1)]
     figure.text(0.1, -0.02, "\n".join(names), fontsize=7, va="top")
     return figure
 

@@ -155,11 +155,11 @@ def speed_rows(results: Results, model: str) -> list[list[str]]:
     for block in results.blocks:
         if block.model != model:
             continue
-        row = [f"{block.label}, {block.unit}", _number(block.median(OURS)), _number(block.limit(OURS))]
+        row = [f"{block.label}, {block.unit}", number(block.median(OURS)), number(block.limit(OURS))]
         row.append(_percent(block.share(OURS)))
         for peer in peers:
             ratio = block.ratio(peer)
-            row += [_number(block.median(peer)), _percent(block.share(peer)), "" if ratio is None else f"{ratio:.2f}"]
+            row += [number(block.median(peer)), _percent(block.share(peer)), "" if ratio is None else f"{ratio:.2f}"]
         repeats = [len(block.values(engine)) for engine in results.engines if block.values(engine)]
         rows.append([*row, str(min(repeats, default=0)), _span(block.bandwidths())])
     return rows
@@ -198,7 +198,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return three or four digits of a figure, and nothing of none."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -14,6 +14,7 @@ GenAI, from this environment or from the one that OPENVINO_PYTHON is the interpr
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -54,7 +55,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="also draw speed.svg and roofline.svg here")
     args = parser.parse_args(argv)
-    args.repeats = args.repeats or (QUICK_REPEATS if args.quick else 5)
+    if args.repeats is None:
+        args.repeats = QUICK_REPEATS if args.quick else 5
+    if min(args.repeats, args.threads) < 1:
+        parser.error("--repeats and --threads are at least 1")
     return args
 
 
@@ -119,6 +123,7 @@ def processor() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = Results(
         date=date.today().isoformat(),
         processor=processor(),

@@ -66,8 +66,6 @@ class Runner:
             return
         self._prompt(CHUNK, 0)
         self._model.repeat(CHUNK, depth)
-        self._model.run(token_ids(depth, 1), [depth], [0], [0])  # moves the copied keys to their places
-        self._model.cut(0, depth)
         self._is_filled = True
 
     def _prompt(self, num_tokens: int, sequence: int) -> None:

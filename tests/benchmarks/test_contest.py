@@ -92,7 +92,7 @@ def test_the_fastest_setting_goes_on_and_the_other_ends(workers: FakeWorkers, tm
     block = held(tmp_path, engine("a", tmp_path, "two"), repeats=1)
     assert block.values("a") == [2.0]
     assert block.variants == {"a": "speed 2"}
-    assert alive == [1, 2, 1]
+    assert alive == [1, 1, 2, 2, 1]  # the first warms up and is tried, then the second, and one of them is left
 
 
 def test_an_engine_that_fails_is_noted_and_the_others_go_on(workers: FakeWorkers, tmp_path: Path) -> None:
