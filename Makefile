@@ -1,6 +1,6 @@
 # make chat [PROMPT="..."]   install into .venv, fetch the small default model, talk to it
 # make test                  install the test environment and run lint, types, import contracts and tests
-# make bench                 side by side with llama.cpp on this machine
+# make bench [ARGS=--quick]  side by side with llama.cpp and OpenVINO on this machine
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -26,9 +26,9 @@ test: check
 	$(BIN)/miniphi pull smollm2-135m-instruct
 	$(BIN)/pytest
 
-bench: .venv/dev.stamp
+bench: .venv/bench.stamp
 	$(BIN)/miniphi pull smollm2-135m-instruct
-	$(BIN)/python -m benchmarks.side_by_side
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 clean:
 	rm -rf .venv build dist
@@ -46,3 +46,8 @@ clean:
 	@echo "Installing miniphi and its test environment ..."
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@ .venv/core.stamp
+
+.venv/bench.stamp: .venv/core.stamp
+	@echo "Installing the engines to compare with ..."
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	@touch $@

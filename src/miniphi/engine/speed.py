@@ -126,10 +126,15 @@ def measure_prefill(program: Program, num_tokens: int) -> float:
     return num_tokens / (time.perf_counter() - start)
 
 
-def measure_decode(program: Program, depth: int, num_tokens: int, streams: int = 1) -> float:
-    """Return the tokens per second of all streams together, each after `depth` tokens of its own."""
+def measure_decode(
+    program: Program, depth: int, num_tokens: int, streams: int = 1, *, is_filled: bool = False
+) -> float:
+    """Return the tokens per second of all streams together, each after `depth` tokens of its own.
+
+    With `is_filled` they are taken to be in the cache already, in its first blocks.
+    """
     blocks = _blocks(depth + num_tokens)
-    for sequence in range(streams):
+    for sequence in range(0 if is_filled else streams):
         _prefill(program, depth, sequence, blocks)
     tables = np.arange(streams * blocks, dtype=np.int32).reshape(streams, blocks)
     start = time.perf_counter()
