@@ -215,7 +215,9 @@ def test_what_a_matrix_may_be_is_checked(written: bytes, tmp_path: Path) -> None
 
 
 def test_layouts_have_fingerprints_of_their_own() -> None:
-    assert len({layout_fingerprint(kind) for kind in Kind}) == len(Kind) - 2, "F16 and BF16 lie alike, Q4_0 and IQ4_NL too"
+    assert len({layout_fingerprint(kind) for kind in Kind}) == len(Kind) - 2, (
+        "F16 and BF16 lie alike, Q4_0 and IQ4_NL too"
+    )
     assert layout_fingerprint(Kind.F16) == layout_fingerprint(Kind.BF16)
 
 

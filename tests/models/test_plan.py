@@ -1,11 +1,14 @@
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniphi.cli import options
+from miniphi.config import ModelConfig
 from miniphi.errors import CapacityError, ContextLengthError, InvalidRequestError
-from miniphi.models import find_entry, format_bytes, kv_bits_per_value, kv_bytes_per_token, plan_memory
+from miniphi.kernels import CacheType, cache_block_bytes
+from miniphi.models import KV_TYPES, KVType, find_entry, format_bytes, kv_bytes_per_token, plan_memory
 
 PHI3 = find_entry("phi-3-mini-128k-instruct").model_config()
 PHI4 = find_entry("phi-4-mini-instruct").model_config()
@@ -14,22 +17,22 @@ GIB = 1 << 30
 
 
 def test_kv_bytes_per_token() -> None:
-    # 2 x 32 layers x 32 heads x 96 numbers; q8 and q4 add one 4-byte scale per head, for keys and for values.
     assert kv_bytes_per_token(PHI3, "f32") == 786_432
     assert kv_bytes_per_token(PHI3, "f16") == 393_216
-    assert kv_bytes_per_token(PHI3, "q8") == 2 * 32 * 32 * (96 + 4)
-    assert kv_bytes_per_token(PHI3, "q4") == 2 * 32 * 32 * (48 + 4)
+    assert kv_bytes_per_token(PHI3, "q8") == 32 * 32 * (2 * 96 + 3 * 2 + 2)
+    assert kv_bytes_per_token(PHI3, "q4") == 32 * 32 * 2 * (48 + 3 * 2)
     assert kv_bytes_per_token(PHI4, "f16") == 131_072
-    assert kv_bytes_per_token(SMOL, "q8") == 2 * 30 * 3 * (64 + 4)
-
-
-def test_kv_bits_are_exact() -> None:
-    assert kv_bits_per_value("f32", 96) == 32
-    assert kv_bits_per_value("f16", 96) == 16
-    assert kv_bits_per_value("q8", 96) == Fraction(25, 3)
-    assert kv_bits_per_value("q4", 128) == Fraction(17, 4)
     with pytest.raises(InvalidRequestError, match=r"kv_type 'q5' is unknown; expected one of f32, f16, q8, q4"):
-        kv_bits_per_value("q5", 96)  # type: ignore[arg-type]
+        kv_bytes_per_token(PHI3, "q5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("config", [PHI3, PHI4, SMOL, replace(SMOL, head_dim=80)], ids=["phi3", "phi4", "smol", "80"])
+def test_the_plan_counts_what_the_kernels_take(config: ModelConfig, kv_type: KVType) -> None:
+    layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    block = cache_block_bytes(layers, heads, dim, CacheType.parse(kv_type))
+    assert 32 * kv_bytes_per_token(config, kv_type) == block
+    assert options.KV_TYPES == KV_TYPES
 
 
 def test_a_full_context_of_phi_3_needs_48_gib_of_cache() -> None:
@@ -90,10 +93,10 @@ def test_explain_and_json_carry_the_numbers() -> None:
     plan = plan_memory(SMOL, context=8192, kv_type="q8", weight_bytes=98_362_432, sequences=4, available_bytes=4 * GIB)
     lines = plan.explain()
     assert lines[0].split() == ["weights", "93.8", "MiB"]
-    assert "8,192 tokens x 4 sequences (q8, 12.0 KiB per token)" in lines[1]
+    assert "8,192 tokens x 4 sequences (q8, 11.8 KiB per token)" in lines[1]
     assert lines[-1].startswith("fits: a context of 8,192 tokens leaves ")
     data = plan.to_dict()
-    assert data["kv_bytes"] == 4 * 8192 * 12_240
+    assert data["kv_bytes"] == 4 * 8192 * 12_060
     assert data["fits"] is True
     assert set(data) >= {"weights_bytes", "activation_bytes", "total_bytes", "available_bytes", "largest_context"}
 

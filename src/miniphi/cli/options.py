@@ -28,7 +28,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TEMPERATURE = 0.2
 DEFAULT_TOP_P = 0.9
 
-KV_TYPES = ("f32", "f16", "q8")
+KV_TYPES = ("f32", "f16", "q8", "q4")
 SPECULATIONS = ("off", "lookup")
 ROPE_POLICIES = ("auto", "hf", "short", "long")
 
@@ -147,7 +147,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv",
         choices=KV_TYPES,
         default="f16",
-        help="format of the key/value cache; q8 halves its memory (default: %(default)s)",
+        help="format of the key/value cache; q8 halves its memory, q4 takes a quarter (default: %(default)s)",
     )
     group.add_argument(
         "--context",

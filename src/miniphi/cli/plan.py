@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from miniphi.cli.options import DEFAULT_MODEL, positive_int, size_in_bytes
+from miniphi.cli.options import DEFAULT_MODEL, KV_TYPES, positive_int, size_in_bytes
 
 if TYPE_CHECKING:
     from miniphi.config import ModelConfig
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv",
-        choices=("f32", "f16", "q8", "q4"),
+        choices=KV_TYPES,
         default="f16",
         help="format of the key/value cache (default: %(default)s)",
     )

@@ -46,7 +46,7 @@ def load(
     `name_or_path` is a catalog name (`miniphi models` lists them), a hub id that was pulled, a folder with safetensors
     or a .gguf file. Nothing is downloaded: `miniphi pull` or `miniphi.models.pull` does that.
 
-    `kv_type` is the format of the key/value cache (f32, f16 or q8). `context` is how many tokens a prompt and its
+    `kv_type` is the format of the key/value cache (f32, f16, q8 or q4). `context` is how many tokens a prompt and its
     answer may have together; without it, the model's whole context or as much of it as fits into memory.
     `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
     `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made ready.

@@ -36,11 +36,9 @@ if TYPE_CHECKING:
     from miniphi.models.fetch import pull, pull_entry
     from miniphi.models.machine import MachineMemory, machine_memory
     from miniphi.models.plan import (
-        KV_BITS_PER_VALUE,
-        KV_SCALE_BITS_PER_HEAD,
+        KV_TYPES,
         KVType,
         MemoryPlan,
-        kv_bits_per_value,
         kv_bytes_per_token,
         plan_memory,
     )
@@ -48,8 +46,7 @@ if TYPE_CHECKING:
     from miniphi.models.sizes import format_bytes
 
 __all__ = [
-    "KV_BITS_PER_VALUE",
-    "KV_SCALE_BITS_PER_HEAD",
+    "KV_TYPES",
     "BenchmarkRow",
     "BenchmarkTable",
     "CatalogEntry",
@@ -65,7 +62,6 @@ __all__ = [
     "find_entry",
     "format_bytes",
     "installed",
-    "kv_bits_per_value",
     "kv_bytes_per_token",
     "machine_memory",
     "packed_copy_bytes",
@@ -78,14 +74,14 @@ __all__ = [
     "resolve",
 ]
 
-_PLAN = ("KV_BITS_PER_VALUE", "KV_SCALE_BITS_PER_HEAD", "KVType", "MemoryPlan")
+_PLAN = ("KV_TYPES", "KVType", "MemoryPlan")
 _COPIES = ("packed_copy_bytes", "packed_copy_dir", "remove_packed_copies")
 _MODULES = {
     "cache": ("InstalledModel", "cache_dir", "installed", *_COPIES, "remove"),
     "entries": ("BenchmarkRow", "BenchmarkTable", "CatalogEntry", "FineTuningDefaults", "HubSource", "WheelSource"),
     "fetch": ("pull", "pull_entry"),
     "machine": ("MachineMemory", "machine_memory"),
-    "plan": (*_PLAN, "kv_bits_per_value", "kv_bytes_per_token", "plan_memory"),
+    "plan": (*_PLAN, "kv_bytes_per_token", "plan_memory"),
     "references": ("resolve",),
     "sizes": ("format_bytes",),
 }

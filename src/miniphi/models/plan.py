@@ -4,10 +4,8 @@ Owns the arithmetic, before anything is loaded. Does not know files, kernels or 
 formats are those of the kernels and are stated here once more so that planning needs no native code.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any, Literal
 
 from miniphi.config import ModelConfig
@@ -16,20 +14,16 @@ from miniphi.models.machine import machine_memory
 from miniphi.models.sizes import format_bytes
 
 __all__ = [
-    "KV_BITS_PER_VALUE",
-    "KV_SCALE_BITS_PER_HEAD",
+    "KV_TYPES",
     "KVType",
     "MemoryPlan",
-    "kv_bits_per_value",
     "kv_bytes_per_token",
     "plan_memory",
 ]
 
 KVType = Literal["f32", "f16", "q8", "q4"]
 
-# Bits of one stored key or value number, and of the f32 scale that the numbers of one (token, KV head) share.
-KV_BITS_PER_VALUE: Mapping[str, int] = MappingProxyType({"f32": 32, "f16": 16, "q8": 8, "q4": 4})
-KV_SCALE_BITS_PER_HEAD: Mapping[str, int] = MappingProxyType({"f32": 0, "f16": 0, "q8": 32, "q4": 32})
+KV_TYPES: tuple[KVType, ...] = ("f32", "f16", "q8", "q4")
 
 # The cache is handed out in blocks of this many tokens.
 _KV_BLOCK_TOKENS = 32
@@ -98,17 +92,22 @@ class MemoryPlan:
         return self.available_bytes - self.total_bytes
 
 
-def kv_bits_per_value(kv_type: KVType, head_dim: int) -> Fraction:
-    """Return the exact bits per cached number, with the share of its scale: `q8` of 96 dimensions is 8 + 32/96."""
-    if kv_type not in KV_BITS_PER_VALUE:
-        raise InvalidRequestError(f"kv_type {kv_type!r} is unknown; expected one of {', '.join(KV_BITS_PER_VALUE)}")
-    return KV_BITS_PER_VALUE[kv_type] + Fraction(KV_SCALE_BITS_PER_HEAD[kv_type], head_dim)
-
-
 def kv_bytes_per_token(config: ModelConfig, kv_type: KVType) -> int:
-    """Return the bytes that one token takes in the cache, over all layers, keys and values."""
-    bits = config.kv_values_per_token * kv_bits_per_value(kv_type, config.head_dim)
-    return -int(-bits // 8)
+    """Return the bytes that one token takes in the cache, over all layers, as csrc/kv_cache.h lays it out.
+
+    Values, and quantised keys, are kept in groups of 32 numbers. A half-precision scale comes with every group, but
+    with every head for the values of `q8`.
+    """
+    groups = -(-config.head_dim // 32)
+    if kv_type in ("f32", "f16"):
+        head = (config.head_dim + 32 * groups) * (4 if kv_type == "f32" else 2)
+    elif kv_type == "q8":
+        head = 2 * 32 * groups + 2 * groups + 2
+    elif kv_type == "q4":
+        head = 2 * 16 * groups + 2 * 2 * groups
+    else:
+        raise InvalidRequestError(f"kv_type {kv_type!r} is unknown; expected one of {', '.join(KV_TYPES)}")
+    return config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def plan_memory(
