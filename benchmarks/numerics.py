@@ -154,7 +154,7 @@ def main() -> None:
     if source is None or source[0] != "gguf":
         sys.exit("the model has no GGUF tokenizer")
     tokenizer = Tokenizer.from_gguf(source[1], source=str(path))
-    engines = {f"miniphi, {kv} cache": miniphi_logits(checkpoint, kv_type=kv) for kv in ("f32", "f16", "q8")}
+    engines = {f"miniphi, {kv} cache": miniphi_logits(checkpoint, kv_type=kv) for kv in ("f32", "f16", "q8", "q4")}
     engines["llama.cpp, f16 cache"] = llama_cpp_logits(path, checkpoint.config.vocab_size)
     results = compare(engines, transformers_logits(checkpoint), windows(args.text, tokenizer, args.windows))
     first = next(iter(results.values()))

@@ -30,9 +30,9 @@ Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cach
         s.query_codes.resize(max_rows_ * shape.padded_dim());
         s.query_scale.resize(max_rows_ * shape.padded_dim() / kGroup);
         s.query_correction.resize(s.query_scale.size());
-        s.value_scale.resize(cache.value_groups() * kChunk);
-        s.weight_scale.resize(cache.value_groups() * max_rows_);
-        s.high.resize(cache.value_groups() * max_rows_ * kChunk);
+        s.value_scale.resize(kChunk);
+        s.weight_scale.resize(max_rows_);
+        s.high.resize(max_rows_ * kChunk);
         s.low.resize(s.high.size());
     }
 }
@@ -146,27 +146,24 @@ void Attention::weigh(uint8_t* const* heads, Span span, size_t num_rows, Scratch
 }
 
 void Attention::weigh_quantized(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
-    const size_t padded = shape_.padded_dim(), groups = cache_.value_groups();
-    const size_t offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
+    const size_t padded = shape_.padded_dim(), offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
     const float one = 1;
-    for (size_t g = 0; g < groups; g++) {
-        float* scale = scratch.value_scale.data() + g * kChunk;
-        for (size_t b = span.first; b < span.last; b++)   // a panel of depth 1 is a conversion of 32 halves
-            ops_.panel[int(Kind::F16)](&one, 1, 1, heads[b] + cache_.value_scales(g), 1, scale + b * kCacheBlock, kCacheBlock, false);
-        for (size_t row = 0; row < num_rows; row++) {
-            const size_t at = (g * max_rows_ + row) * kChunk + offset;
-            scratch.weight_scale[g * max_rows_ + row] = ops_.quantize_weights(
-                scratch.scores.data() + row * kChunk + offset, scale + offset, count, scratch.high.data() + at, scratch.low.data() + at);
-        }
+    float* scale = scratch.value_scale.data();
+    for (size_t b = span.first; b < span.last; b++)   // a panel of depth 1 is a conversion of 32 halves
+        ops_.panel[int(Kind::F16)](&one, 1, 1, heads[b] + cache_.value_scales(), 1, scale + b * kCacheBlock, kCacheBlock, false);
+    for (size_t row = 0; row < num_rows; row++) {
+        const size_t at = row * kChunk + offset;
+        scratch.weight_scale[row] = ops_.quantize_weights(scratch.scores.data() + at, scale + offset, count,
+                                                          scratch.high.data() + at, scratch.low.data() + at);
     }
     const ValuesFn values = cache_.type() == CacheType::Q8 ? ops_.values_8 : ops_.values_4;
     const uint8_t* panels[kChunkBlocks];
     for (size_t i = 0; i < padded / 32; i++) {
         for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b] + cache_.value_panel(i);
         for (size_t row = 0; row < num_rows; row += kMaxTileRows) {
-            const size_t first = (groups > 1 ? i : 0) * max_rows_ + row, at = first * kChunk + offset;
+            const size_t at = row * kChunk + offset;
             values(panels, span.last - span.first, {scratch.high.data() + at, scratch.low.data() + at, kChunk},
-                   int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + first,
+                   int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + row,
                    scratch.chunk.data() + row * padded + 32 * i, padded);
         }
     }

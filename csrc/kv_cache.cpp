@@ -14,14 +14,14 @@ namespace {
 constexpr size_t kMaxDim = 512;
 
 Kind key_kind_of(CacheType type) {
-    constexpr Kind kinds[kNumCacheTypes] = {Kind::F32, Kind::F16, Kind::Q8_0, Kind::IQ4_NL};
+    constexpr Kind kinds[kNumCacheTypes] = {Kind::F32, Kind::F16, Kind::Q8_0, Kind::Q5_0};
     return kinds[int(type)];
 }
 
 // Bytes of 32 tokens x 32 dims of V, scales apart.
 size_t value_panel_bytes_of(CacheType type) {
-    const Kind kind = key_kind_of(type);
-    return is_quantized(kind) ? layout_of(kind).code_bytes() : 32 * kCacheBlock * float_bytes(kind);
+    constexpr size_t bits[kNumCacheTypes] = {32, 16, 8, 4};
+    return 32 * kCacheBlock * bits[int(type)] / 8;
 }
 
 size_t key_bytes_of(const HeadShape& shape, CacheType type) {
@@ -44,24 +44,44 @@ constexpr std::array<uint8_t, 256> nearest_codes() {
     return nearest;
 }
 
-// 32 values as non-linear codes with the scale that fits these codes best (least squares).
-float quantize_non_linear(const float* x, uint8_t* codes) {
-    static constexpr std::array<uint8_t, 256> nearest = nearest_codes();
+// The value of largest magnitude.
+float standing_out(const float* x, size_t n) {
     float top = 0;
-    for (size_t i = 0; i < 32; i++)
+    for (size_t i = 0; i < n; i++)
         if (std::fabs(x[i]) > std::fabs(top)) top = x[i];
-    // The value that stands out takes the outermost code of its sign: scales are positive.
-    const float inverse = top > 0 ? 113.0f / top : top < 0 ? -127.0f / top : 0;
+    return top;
+}
+
+int rounded(float x, int low, int high) {
+    return x > float(low) ? int(std::nearbyint(std::min(x, float(high)))) : low;   // NaN becomes low
+}
+
+// n values as non-linear codes with the scale that fits these codes best (least squares). The value that stands out takes
+// the outermost code of its sign: scales are positive.
+float quantize_non_linear(const float* x, size_t n, uint8_t* codes) {
+    static constexpr std::array<uint8_t, 256> nearest = nearest_codes();
+    const float top = standing_out(x, n), inverse = top > 0 ? 113.0f / top : top < 0 ? -127.0f / top : 0;
     float fit = 0, square = 0;
-    for (size_t i = 0; i < 32; i++) {
-        float scaled = x[i] * inverse;
-        scaled = scaled > -127.0f ? std::min(scaled, 127.0f) : -127.0f;   // NaN too
-        codes[i] = nearest[size_t(int(std::nearbyint(scaled)) + 128)];
+    for (size_t i = 0; i < n; i++) {
+        codes[i] = nearest[size_t(rounded(x[i] * inverse, -127, 127) + 128)];
         const float value = kNonLinear[codes[i]];
         fit += x[i] * value;
         square += value * value;
     }
     return fit / square;
+}
+
+// n values as 0 .. 31 around 16, with the scale that fits best; the value that stands out becomes 0, that is -16.
+float quantize_5_bits(const float* x, size_t n, uint8_t* codes) {
+    const float top = standing_out(x, n), inverse = top != 0 ? -16.0f / top : 0;
+    float fit = 0, square = 0;
+    for (size_t i = 0; i < n; i++) {
+        const int value = rounded(x[i] * inverse, -16, 15);
+        codes[i] = uint8_t(value + 16);
+        fit += x[i] * float(value);
+        square += float(value * value);
+    }
+    return square > 0 ? fit / square : 0;
 }
 
 void put_half(uint8_t* p, float value) {
@@ -98,9 +118,8 @@ KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
 Kind KvCache::key_kind() const { return key_kind_of(type_); }
 
 size_t KvCache::head_bytes(const HeadShape& shape, CacheType type) {
-    const size_t panels = shape.padded_dim() / 32;
-    const size_t scales = type == CacheType::Q8 ? 1 : type == CacheType::Q4 ? panels : 0;
-    return key_bytes_of(shape, type) + panels * value_panel_bytes_of(type) + scales * kCacheBlock * 2;
+    const size_t scales = type == CacheType::Q8 || type == CacheType::Q4 ? kCacheBlock * 2 : 0;
+    return key_bytes_of(shape, type) + shape.padded_dim() / 32 * value_panel_bytes_of(type) + scales;
 }
 
 void KvCache::put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
@@ -126,22 +145,20 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
     const size_t padded = shape_.padded_dim();
     const bool four = type_ == CacheType::Q4;
     const Layout layout = layout_of(key_kind());
-    float k[kMaxDim], v[kMaxDim], key_scale[kMaxDim / 32], value_scale[kMaxDim / 32];
+    float k[kMaxDim], v[kMaxDim], key_scale[kMaxDim / 32], value_scale;
     uint8_t key_code[kMaxDim], value_code[kMaxDim];
     for (float* padding : {std::copy_n(key, shape_.head_dim, k), std::copy_n(value, shape_.head_dim, v)})
         std::fill_n(padding, padded - shape_.head_dim, 0.0f);
     if (four) {
         hadamard(k, padded);
         hadamard(v, padded);
-        for (size_t g = 0; g < padded / 32; g++) {
-            key_scale[g] = quantize_non_linear(k + 32 * g, key_code + 32 * g);
-            value_scale[g] = quantize_non_linear(v + 32 * g, value_code + 32 * g);
-        }
+        for (size_t g = 0; g < padded / 32; g++) key_scale[g] = quantize_5_bits(k + 32 * g, 32, key_code + 32 * g);
+        value_scale = quantize_non_linear(v, padded, value_code);
     } else {
         int32_t sums[kMaxDim / 16];
         ops.quantize_row(k, padded, kGroup, reinterpret_cast<int8_t*>(key_code), key_scale, sums);
         for (size_t i = 0; i < padded; i++) key_code[i] ^= 0x80;   // code + 128
-        value_scale[0] = ops.quantize_vector(v, padded, reinterpret_cast<int8_t*>(value_code));
+        value_scale = ops.quantize_vector(v, padded, reinterpret_cast<int8_t*>(value_code));
     }
     // The token is row `slot` of K's column block: in every step, 4 codes are one 32-bit word.
     for (size_t g = 0; g < padded / 32; g++) {
@@ -161,7 +178,7 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
         else
             for (size_t n = 0; n < 32; n++) to[4 * n] = uint8_t((to[4 * n] & 0xf0) | code[n]);
     }
-    for (size_t g = 0; g < value_groups(); g++) put_half(head + value_scales(g) + 2 * slot, value_scale[g]);
+    put_half(head + value_scales() + 2 * slot, value_scale);
 }
 
 }  // namespace miniphi

@@ -3,14 +3,13 @@
 // [layer][block][kv head] holds 32 tokens of one head, contiguous, every part a multiple of 64 bytes:
 //
 //   F32, F16   K as a panel [head_dim][32 tokens], V as panels [head_dim / 32][32 tokens][32 dims]
-//   Q8, Q4     K as a column block of blocks.h whose 32 rows are the tokens: Q8_0 or IQ4_NL, one scale per token and 32
-//              dims; V as panels [head_dim / 32] of the same codes with roles exchanged (32 dims are the rows, 32 tokens
-//              the depth), signed, without scales; then f16 scales [groups][32 tokens], one group per head for Q8 and one
-//              per 32 dims for Q4.
+//   Q8, Q4     K as a column block of blocks.h whose 32 rows are the tokens: Q8_0 or Q5_0, one scale per token and 32 dims;
+//              V as panels [head_dim / 32] with roles exchanged (32 dims are the rows, 32 tokens the depth): signed int8
+//              or codes of kNonLinear; then one f16 scale per token.
 //
 // So scores are a quantised tile or a panel product over K, and outputs one over V. Q4 keeps keys and values rotated by a
 // Hadamard matrix in groups of 32 dims, which spreads a channel that stands out over its neighbours; queries are rotated
-// alike, outputs back.
+// alike, outputs back. Its keys take 5 bits: an error there moves every weight, and at 4 bits is four fifths of the harm.
 #pragma once
 #include "matmul.h"
 
@@ -45,10 +44,9 @@ public:
     uint8_t* head(size_t layer, size_t block, size_t kv_head) const {
         return memory_.data() + ((layer * num_blocks_ + block) * shape_.num_kv_heads + kv_head) * head_bytes_;
     }
-    // Where panel `index` of V starts in a head, and for the quantised types the scales of a group of V's dims.
+    // Where panel `index` of V starts in a head, and for the quantised types V's scales.
     size_t value_panel(size_t index) const { return key_bytes_ + index * value_panel_bytes_; }
-    size_t value_scales(size_t group) const { return value_panel(shape_.padded_dim() / 32) + group * kCacheBlock * 2; }
-    size_t value_groups() const { return type_ == CacheType::Q4 ? shape_.padded_dim() / 32 : 1; }
+    size_t value_scales() const { return value_panel(shape_.padded_dim() / 32); }
     Kind key_kind() const;   // the format of K: what its tile or panel kernel is called
 
     // Write the key and value of one token, head_dim floats each.

@@ -20,7 +20,7 @@ def test_kv_bytes_per_token() -> None:
     assert kv_bytes_per_token(PHI3, "f32") == 786_432
     assert kv_bytes_per_token(PHI3, "f16") == 393_216
     assert kv_bytes_per_token(PHI3, "q8") == 32 * 32 * (2 * 96 + 3 * 2 + 2)
-    assert kv_bytes_per_token(PHI3, "q4") == 32 * 32 * 2 * (48 + 3 * 2)
+    assert kv_bytes_per_token(PHI3, "q4") == 32 * 32 * (60 + 48 + 3 * 2 + 2)
     assert kv_bytes_per_token(PHI4, "f16") == 131_072
     with pytest.raises(InvalidRequestError, match=r"kv_type 'q5' is unknown; expected one of f32, f16, q8, q4"):
         kv_bytes_per_token(PHI3, "q5")  # type: ignore[arg-type]

@@ -31,6 +31,8 @@ GROUP = 32
 NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """What the codes of IQ4_NL and NL4 stand for; csrc/blocks.h::kNonLinear."""
 
+FIVE_BITS = np.arange(-16, 16, dtype=np.float32)
+
 HADAMARD = np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(GROUP)] for i in range(GROUP)], np.float32)
 HADAMARD /= np.sqrt(np.float32(GROUP))
 
@@ -84,15 +86,22 @@ def quantize_rows(x: Floats, group: int = GROUP) -> tuple[NDArray[np.int8], Floa
 
 
 def round_keys(x: Floats, cache_type: CacheType) -> Floats:
-    """Return what the cache makes of keys [..., head_dim]; int8 in groups of 32, or 4-bit codes of the rotated keys."""
+    """Return what the cache makes of keys [..., head_dim]: int8 or 5 bits of the rotated keys, in groups of 32."""
     if cache_type is CacheType.Q8:
         return _int8(x, GROUP)
-    return _rotated_non_linear(x) if cache_type is CacheType.Q4 else _half(x, cache_type)
+    if cache_type is CacheType.Q4:
+        return _rotate_groups(_fitted(_rotate_groups(_padded(x, GROUP)), GROUP, FIVE_BITS))[..., : x.shape[-1]]
+    return _half(x, cache_type)
 
 
 def round_values(x: Floats, cache_type: CacheType) -> Floats:
-    """Return what the cache makes of values [..., head_dim]; int8 with one scale, or as keys."""
-    return _int8(x, x.shape[-1]) if cache_type is CacheType.Q8 else round_keys(x, cache_type)
+    """Return what the cache makes of values [..., head_dim]: int8 or non-linear codes, with one scale."""
+    if cache_type is CacheType.Q8:
+        return _int8(x, x.shape[-1])
+    if cache_type is CacheType.Q4:
+        rotated = _rotate_groups(_padded(x, GROUP))
+        return _rotate_groups(_fitted(rotated, rotated.shape[-1], NON_LINEAR))[..., : x.shape[-1]]
+    return _half(x, cache_type)
 
 
 def round_queries(x: Floats, cache_type: CacheType) -> Floats:
@@ -120,16 +129,16 @@ def _rotate_groups(x: Floats) -> Floats:
     return np.asarray((x.reshape(*x.shape[:-1], -1, GROUP) @ HADAMARD).reshape(x.shape))
 
 
-def _rotated_non_linear(x: Floats) -> Floats:
-    groups = _rotate_groups(_padded(x, GROUP)).reshape(*x.shape[:-1], -1, GROUP)
+def _fitted(x: Floats, group: int, table: Floats) -> Floats:
+    """Round groups to a table of whole numbers, the value that stands out to an outermost one, with the best scale."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
     top = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
-    inverse = np.divide(
-        np.where(top > 0, NON_LINEAR[-1], -NON_LINEAR[0]), np.abs(top), out=np.zeros_like(top), where=top != 0
-    )
-    codes = NON_LINEAR[np.abs(np.rint(groups * inverse)[..., None] - NON_LINEAR).argmin(axis=-1)]
-    scale = (groups * codes).sum(axis=-1, keepdims=True) / np.square(codes).sum(axis=-1, keepdims=True)
-    rounded = codes * scale.astype(np.float16).astype(np.float32)
-    return _rotate_groups(rounded.reshape(*x.shape[:-1], -1))[..., : x.shape[-1]]
+    outermost = np.where(top > 0, table[-1], table[0]) if table is NON_LINEAR else np.full_like(top, table[0])
+    whole = np.rint(groups * np.divide(outermost, top, out=np.zeros_like(top), where=top != 0))
+    codes = table[np.abs(whole[..., None] - table).argmin(axis=-1)]
+    square = np.square(codes).sum(axis=-1, keepdims=True)
+    scale = np.divide((groups * codes).sum(axis=-1, keepdims=True), square, out=np.zeros_like(top), where=square > 0)
+    return np.asarray((codes * scale.astype(np.float16).astype(np.float32)).reshape(x.shape))
 
 
 def matmul(x: Floats, weight: Floats) -> Floats:

@@ -95,8 +95,8 @@ class MemoryPlan:
 def kv_bytes_per_token(config: ModelConfig, kv_type: KVType) -> int:
     """Return the bytes that one token takes in the cache, over all layers, as csrc/kv_cache.h lays it out.
 
-    Values, and quantised keys, are kept in groups of 32 numbers. A half-precision scale comes with every group, but
-    with every head for the values of `q8`.
+    Values, and quantised keys, are padded to groups of 32 numbers. A half-precision scale comes with every group of
+    keys and with every head of values; `q4` has keys of 5 bits and values of 4.
     """
     groups = -(-config.head_dim // 32)
     if kv_type in ("f32", "f16"):
@@ -104,7 +104,7 @@ def kv_bytes_per_token(config: ModelConfig, kv_type: KVType) -> int:
     elif kv_type == "q8":
         head = 2 * 32 * groups + 2 * groups + 2
     elif kv_type == "q4":
-        head = 2 * 16 * groups + 2 * 2 * groups
+        head = (20 + 16) * groups + 2 * groups + 2
     else:
         raise InvalidRequestError(f"kv_type {kv_type!r} is unknown; expected one of {', '.join(KV_TYPES)}")
     return config.num_hidden_layers * config.num_key_value_heads * head
