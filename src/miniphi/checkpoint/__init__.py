@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from miniphi.checkpoint.gguf_tokenizer import tokenizer_metadata
     from miniphi.checkpoint.gguf_writer import write_gguf
     from miniphi.checkpoint.quantize import QuantizationError, quantize_rows
-    from miniphi.checkpoint.quantize_model import QuantizeReport, Scheme, TensorReport, quantize_checkpoint
+    from miniphi.checkpoint.quantize_model import (
+        Prepared,
+        QuantizeReport,
+        Scheme,
+        TensorReport,
+        check_destination,
+        quantize_checkpoint,
+        resolve_scheme,
+        scheme_format,
+    )
     from miniphi.checkpoint.safetensors_writer import save_safetensors
     from miniphi.checkpoint.synthetic import synthetic_tensors, write_synthetic_gguf
 
@@ -24,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "Format",
     "GGUFFile",
+    "Prepared",
     "QuantizationError",
     "QuantizeReport",
     "Scheme",
@@ -31,13 +41,16 @@ __all__ = [
     "TensorReport",
     "TensorSource",
     "TokenizerSource",
+    "check_destination",
     "dequantize",
     "expected_shapes",
     "open_checkpoint",
     "open_gguf",
     "quantize_checkpoint",
     "quantize_rows",
+    "resolve_scheme",
     "save_safetensors",
+    "scheme_format",
     "synthetic_tensors",
     "tokenizer_metadata",
     "write_gguf",
@@ -45,12 +58,16 @@ __all__ = [
 ]
 
 _WRITERS = {
+    "Prepared": "quantize_model",
     "QuantizationError": "quantize",
     "QuantizeReport": "quantize_model",
     "Scheme": "quantize_model",
     "TensorReport": "quantize_model",
+    "check_destination": "quantize_model",
     "quantize_checkpoint": "quantize_model",
     "quantize_rows": "quantize",
+    "resolve_scheme": "quantize_model",
+    "scheme_format": "quantize_model",
     "save_safetensors": "safetensors_writer",
     "synthetic_tensors": "synthetic",
     "tokenizer_metadata": "gguf_tokenizer",

@@ -16,7 +16,7 @@ from miniphi.llm.model import LLM
 from miniphi.models import catalog, find_entry, resolve
 from miniphi.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_MODEL", "load"]
+__all__ = ["DEFAULT_MODEL", "load", "open_tokenizer"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -50,7 +50,7 @@ def load(
     """
     path = resolve(name_or_path, revision=revision)
     checkpoint = open_checkpoint(path)
-    tokenizer = _open_tokenizer(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     name = _name(name_or_path, revision)
     source = checkpoint.chat_template or _catalog_template(name)
     template = None if source is None else ChatTemplate(source, tokenizer)
@@ -73,7 +73,7 @@ def load(
     return LLM(engine, tokenizer, template, name, rope_policy=rope_policy)
 
 
-def _open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     source = checkpoint.tokenizer_source
     if source is None:
         raise CheckpointError(f"{checkpoint.path}: has no tokenizer.json; add the one of the original model")
