@@ -1,6 +1,6 @@
 """Accuracy at equal size: this project's 4-bit formats and llama.cpp's Q4_K_M against the same unquantised model.
 
-    python -m benchmarks.quantization TEXT --calibrate CALIBRATION [--windows N] [--windows-calibrate N]
+    python -m benchmarks.quantization TEXT --calibrate CALIBRATION [--windows N] [--calibration-windows N]
 
 TEXT and CALIBRATION are text files or .jsonl.gz of {"page": ...}. Perplexity over windows of 512 tokens and the mean
 Kullback-Leibler divergence from the unquantised model, both with standard errors over windows. Every candidate runs in
@@ -46,6 +46,7 @@ from miniphi.llm.load import open_tokenizer
 from miniphi.models import resolve
 from miniphi.quantization import calibrate, sample_windows
 from miniphi.quantization.activations import run_layers
+from miniphi.quantization.calibrate import NUM_WINDOWS
 
 Floats = NDArray[np.float32]
 Weights = dict[str, Floats]
@@ -163,7 +164,8 @@ def importance(model: Checkpoint, ids: NDArray[np.int32]) -> dict[str, Floats]:
 
     def visit(names: tuple[str, ...], x: Floats) -> Floats:
         found.update(dict.fromkeys(names, np.mean(x * x, axis=0)))
-        return np.concatenate([x @ model.tensors[name].to_float32().T for name in names], axis=-1)
+        weights = np.concatenate([model.tensors[name].to_float32() for name in names])
+        return np.concatenate(list(pool.map(lambda part: part @ weights.T, np.array_split(x, 2))))
 
     with ThreadPoolExecutor(2) as pool:
         run_layers(model, ids, visit, pool=pool)
@@ -300,11 +302,12 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--calibration-windows", type=int, default=NUM_WINDOWS)
     args = parser.parse_args()
     checkpoint = open_checkpoint(resolve("smollm2-135m-instruct"))
     tokenizer = open_tokenizer(checkpoint)
     model = dithered(checkpoint)
-    ids = sample_windows(tokenizer.encode(read_text(args.calibrate)))
+    ids = sample_windows(tokenizer.encode(read_text(args.calibrate)), num_windows=args.calibration_windows)
     judge = Judge(model, list(windows(args.text, tokenizer, args.windows)))
     print(f"unquantised: perplexity {np.exp(judge.nll.mean()):.3f} over {args.windows} windows of {WINDOW}")
     print(f"calibration: {ids.size:,} tokens of {args.calibrate.name}")
