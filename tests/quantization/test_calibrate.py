@@ -81,7 +81,7 @@ def test_a_calibrated_model_is_nearer(tmp_path: Path, name: str) -> None:
         assert list(prepared) == [key for key, fmt in formats.items() if fmt is Format.NL4]
         assert [key for key, _ in progress] == list(prepared)
         assert progress[-1][1] == 1
-        other = text(config, seed=1)
+        other = text(config, sequences=20, seed=1)
         expected = hidden(checkpoint, other)
         distance = {}
         for label in ("plain", "calibrated"):
