@@ -68,8 +68,8 @@ LEVELS: dict[Format, tuple[int, ...]] = {
 }
 """What the sixteen codes of a 4-bit format stand for, in multiples of the block's scale.
 
-The levels of IQ4_NL are those of ggml (`kvalues_iq4nl` in ggml-common.h). NL4 has the same, so that the kernels need one
-table; docs/notebook.md has one that suits blocks of 64 a little better.
+The levels of IQ4_NL are those of ggml (`kvalues_iq4nl` in ggml-common.h). NL4 has the same, so that the kernels need
+one table; docs/notebook.md has one that suits blocks of 64 a little better.
 """
 
 
