@@ -35,7 +35,6 @@ class Format(Enum):
     Q4_K = (12, 256, 144)  # d[2] m[2] s[12] q[128]: 8 parts of 32;     x = q * (d * scale) - m * minimum
     Q5_K = (13, 256, 176)  # d[2] m[2] s[12] h[32] q[128]: bit p of h belongs to part p; x as Q4_K
     Q6_K = (14, 256, 210)  # q[128] h[64] scale[16] int8 d[2]: 16 parts of 16;           x = (q - 32) * (d * scale)
-
     IQ4_NL = (20, 32, 18)  # d[2] q[16] as Q4_0;                        x = level[q] * d
     NL4 = (None, 64, 34)  # d[2] q[32]: lo = values 0..31, hi = 32..63; x = level[q] * d
 
