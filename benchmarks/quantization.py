@@ -10,8 +10,9 @@ The unquantised model is SmolLM2, which is at hand only in 4 bits (Q4_1): its we
 minimum for each 32 values would hit exactly. So uniform noise within half a step of that grid is added first.
 
 Q4_K needs rows of a multiple of 256, which SmolLM2's are not (576); llama.cpp takes larger types instead. "Q4_K_M" is
-its mixture with rows joined so that blocks of 256 fit, "Q4_K_M file" what llama.cpp really writes. The latter needs
-LLAMA_CPP_LIBRARY, a libllama.so that exports llama_model_quantize.
+its mixture with rows joined so that blocks of 256 fit, and the embeddings in Q8_0, as llama.cpp has them here.
+"Q4_K_M file" is what llama.cpp really writes. That needs LLAMA_CPP_LIBRARY, a libllama.so that exports
+llama_model_quantize.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from benchmarks.numerics import WINDOW, log_softmax, miniphi_logits, read_text, 
 from miniphi.checkpoint import (
     Checkpoint,
     Format,
+    Scheme,
     StoredTensor,
     TensorSource,
     dequantize,
@@ -120,30 +122,26 @@ def float_tensor(name: str, values: Floats) -> StoredTensor:
     return StoredTensor(name=name, format=fmt, shape=values.shape, raw=encode_floats(rows, fmt))
 
 
-def rounded(model: Checkpoint, scheme: str) -> Candidate:
+def rounded(model: Checkpoint, scheme: Scheme) -> Candidate:
     """Round every matrix by itself."""
     weights, bits = {}, 0.0
     for name, values in matrices(model):
-        fmt = scheme_format(scheme, name, 2)
+        fmt = scheme_format(scheme, name, 2, model.config.num_hidden_layers)
         weights[name] = dequantize(quantize_rows(values, fmt)[0], fmt)
         bits += fmt.bits_per_weight * values.size
     return Candidate(name=f"{scheme}, rounded", bits_per_weight=bits / num_weights(model), weights=weights)
 
 
-def calibrated(model: Checkpoint, scheme: str, ids: NDArray[np.int32], eight_bits: tuple[str, ...] = ()) -> Candidate:
-    """Quantise with error feedback on a text; `eight_bits` are parts of the names of matrices that get Q8_0."""
-    formats = {
-        name: Format.Q8_0 if any(part in name for part in eight_bits) else scheme_format(scheme, name, 2)
-        for name, _ in matrices(model)
-    }
+def calibrated(model: Checkpoint, scheme: Scheme, ids: NDArray[np.int32]) -> Candidate:
+    """Quantise with error feedback on a text."""
+    formats = {name: scheme_format(scheme, name, 2, model.config.num_hidden_layers) for name, _ in matrices(model)}
     prepared = calibrate(model, ids, formats)
     weights = {name: dequantize(each.raw, each.format) for name, each in prepared.items()}
     for name, values in matrices(model):
         if name not in weights:
             weights[name] = dequantize(quantize_rows(values, formats[name])[0], formats[name])
     bits = sum(formats[name].bits_per_weight * values.size for name, values in matrices(model))
-    label = f"{scheme}, calibrated" + (f", 8 bits in {' '.join(eight_bits)}" if eight_bits else "")
-    return Candidate(name=label, bits_per_weight=bits / num_weights(model), weights=weights)
+    return Candidate(name=f"{scheme}, calibrated", bits_per_weight=bits / num_weights(model), weights=weights)
 
 
 def matrices(model: Checkpoint) -> Iterator[tuple[str, Floats]]:
@@ -190,10 +188,9 @@ def q4_k_m(model: Checkpoint, weights_of_columns: Mapping[str, Floats] | None) -
     )
     weights, bits = {}, 0.0
     for name, values in matrices(model):
-        fmt = Format.Q4_K
-        if name == EMBEDDINGS or (
-            name.endswith(("v_proj.weight", "down_proj.weight"))
-            and uses_more_bits(int(name.split(".")[2]), model.config.num_hidden_layers)
+        fmt = Format.Q8_0 if name == EMBEDDINGS else Format.Q4_K
+        if name.endswith(("v_proj.weight", "down_proj.weight")) and uses_more_bits(
+            int(name.split(".")[2]), model.config.num_hidden_layers
         ):
             fmt = Format.Q6_K
         joined = 1
@@ -286,14 +283,16 @@ class Judge:
 def candidates(model: Checkpoint, ids: NDArray[np.int32]) -> Iterator[Candidate]:
     """Yield everything that is compared."""
     columns = importance(model, ids)
+    rounded_schemes: tuple[Scheme, ...] = ("q4_0", "iq4_nl", "nl4")
+    calibrated_schemes: tuple[Scheme, ...] = ("nl4", "nl4m")
     for weights_of_columns in (None, columns):
         yield q4_k_m(model, weights_of_columns)
         if (file := q4_k_m_file(model, weights_of_columns)) is not None:
             yield file
-    for scheme in ("q4_0", "iq4_nl", "nl4"):
+    for scheme in rounded_schemes:
         yield rounded(model, scheme)
-    yield calibrated(model, "nl4", ids)
-    yield calibrated(model, "iq4_nl", ids)
+    for scheme in calibrated_schemes:
+        yield calibrated(model, scheme, ids)
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def test_error_is_bounded_by_half_a_step_of_the_plain_scale(x: np.ndarray, fmt: 
     values = dequantize(raw, fmt)
     assert np.isfinite(values).all()
     # Peak over half the widest distance of two levels, where the peak is put on the outermost one.
-    steps = {Format.Q8_0: 127, Format.Q4_0: 8, Format.Q4_1: 7.5, Format.IQ4_NL: 127 / 12, Format.NL4: 127 / 12}[fmt]
+    steps = {Format.Q8_0: 127, Format.Q4_0: 8, Format.Q4_1: 7.5, Format.IQ4_NL: 127 / 12, Format.NL4: 127 / 15}[fmt]
     peak = np.abs(x).max(axis=1, keepdims=True)
     # Half a step for each of the 64 values, doubled for the clipped end of Q4_0, and the rounding of the float16
     # scale, which matters for values near its least number only.

@@ -392,3 +392,19 @@ def test_prepared_tensors_are_written_as_they_are(tmp_path: Path) -> None:
         assert [tensor.name for tensor in report.tensors if tensor.output_error == 0.25] == [name]
         with pytest.raises(CheckpointError, match="prepared: 'nothing' is not a tensor"):
             quantize_checkpoint(source, tmp_path / "x", scheme="q4", prepared={"nothing": prepared})
+
+
+def test_a_mixed_scheme_keeps_more_matrices_in_8_bits(tmp_path: Path) -> None:
+    with wide_source(tmp_path, num_hidden_layers=8) as source:
+        quantize_checkpoint(source, tmp_path / "out", scheme="q4m")
+        with open_checkpoint(tmp_path / "out") as result:
+            formats = {name: tensor.format for name, tensor in result.tensors.items() if len(tensor.shape) > 1}
+    eight = {name for name, fmt in formats.items() if fmt is Format.Q8_0}
+    layers = "model.layers.{}.mlp.down_proj.weight"
+    assert eight == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        *(f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(8)),
+        *(layers.format(layer) for layer in (0, 5, 7)),
+    }
+    assert set(formats.values()) == {Format.Q8_0, Format.NL4}

@@ -58,17 +58,15 @@ class Format(Enum):
 
 _BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in Format if fmt.ggml_type is not None}
 
-_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
 LEVELS: dict[Format, tuple[int, ...]] = {
     Format.Q4_0: tuple(range(-8, 8)),
-    Format.IQ4_NL: _NON_LINEAR,
-    Format.NL4: _NON_LINEAR,
+    Format.IQ4_NL: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    Format.NL4: (-127, -97, -75, -58, -44, -31, -19, -8, 2, 12, 23, 34, 47, 62, 80, 104),
 }
 """What the sixteen codes of a 4-bit format stand for, in multiples of the block's scale.
 
-The levels of IQ4_NL are those of ggml (`kvalues_iq4nl` in ggml-common.h). NL4 has the same, so that the kernels need
-one table; docs/notebook.md has one that suits blocks of 64 a little better.
+IQ4_NL's are ggml's (`kvalues_iq4nl` in ggml-common.h). NL4's are the fixed point of Lloyd's algorithm on blocks of 64
+trained weights, both rounded by themselves and with error feedback; docs/numerics.md says what they gain.
 """
 
 

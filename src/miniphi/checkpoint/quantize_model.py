@@ -6,6 +6,7 @@ files in gguf_writer.py and safetensors_writer.py.
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ __all__ = [
     "scheme_format",
 ]
 
-Scheme: TypeAlias = Literal["q8", "q4", "q4_0", "iq4_nl", "nl4"]
-"""What matrices become; those in `is_sensitive` become Q8_0 in every scheme, and vectors F32.
+Scheme: TypeAlias = Literal["q8", "q4", "q4m", "q4_0", "iq4_nl", "nl4", "nl4m"]
+"""What matrices become; embeddings and lm_head become Q8_0 in every scheme, and vectors F32.
 
-q8: Q8_0. q4: the 4-bit format of the destination, see `resolve_scheme`. The others are names of formats.
+q8: Q8_0. q4, q4m: the 4-bit format of the destination, see `resolve_scheme`. The others are names of formats. With an m
+at its end, a scheme keeps 8 bits for more matrices, see `is_sensitive`.
 """
 
 _MATRIX_FORMATS: dict[str, Format] = {
@@ -49,7 +51,10 @@ _MATRIX_FORMATS: dict[str, Format] = {
     "q4_0": Format.Q4_0,
     "iq4_nl": Format.IQ4_NL,
     "nl4": Format.NL4,
+    "q4m": Format.Q4_0,
+    "nl4m": Format.NL4,
 }
+_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 _MAX_THREADS = 16
 _WRITTEN_ANEW = {
     f"general.{key}" for key in ("architecture", "type", "name", "file_type", "quantization_version", "alignment")
@@ -100,14 +105,14 @@ class QuantizeReport:
 
 
 def resolve_scheme(scheme: Scheme, destination: Path) -> Scheme:
-    """Return the scheme with `q4` replaced by the 4-bit format that suits the destination.
+    """Return the scheme with `q4` and `q4m` replaced by the 4-bit format that suits the destination.
 
     A .gguf file gets Q4_0, which every program that opens GGUF runs fast; a folder gets NL4, which is smaller and more
     exact and which only miniphi reads.
     """
-    if scheme == "q4":
-        return "q4_0" if is_gguf(destination) else "nl4"
-    return scheme
+    if is_gguf(destination) or scheme not in ("q4", "q4m"):
+        return scheme
+    return "nl4" if scheme == "q4" else "nl4m"
 
 
 def is_gguf(destination: Path) -> bool:
@@ -115,16 +120,28 @@ def is_gguf(destination: Path) -> bool:
     return destination.suffix == ".gguf"
 
 
-def is_sensitive(name: str) -> bool:
-    """Tell whether a matrix keeps 8 bits where others get 4; docs/numerics.md has the measurement."""
-    return name in (EMBEDDINGS, LM_HEAD)
+def is_sensitive(name: str, num_layers: int) -> bool:
+    """Tell whether a mixed scheme keeps 8 bits for a matrix inside the layers.
+
+    Those are v_proj, which is small and whose error nothing dampens, and down_proj in the first and the last eighth of
+    the layers and in every fifth between them. It makes a Llama model as large as llama.cpp's Q4_K_M, whose choice is
+    alike, and a Phi-3 smaller.
+    """
+    found = _LAYER_NUMBER.search(name)
+    if found is None or name.endswith(".self_attn.v_proj.weight"):
+        return found is not None
+    layer, border = int(found[1]), num_layers // 8
+    is_outer = layer < border or layer >= num_layers - border
+    return name.endswith(".mlp.down_proj.weight") and (is_outer or (layer - border) % 5 == 4)
 
 
-def scheme_format(scheme: Scheme, name: str, num_dimensions: int) -> Format:
+def scheme_format(scheme: Scheme, name: str, num_dimensions: int, num_layers: int) -> Format:
     """Return the format that a scheme stores a tensor in."""
     if num_dimensions == 1:
         return Format.F32
-    return Format.Q8_0 if is_sensitive(name) else _MATRIX_FORMATS[scheme]
+    if name in (EMBEDDINGS, LM_HEAD) or (scheme.endswith("m") and is_sensitive(name, num_layers)):
+        return Format.Q8_0
+    return _MATRIX_FORMATS[scheme]
 
 
 def quantize_checkpoint(
@@ -161,7 +178,7 @@ def quantize_checkpoint(
     jobs = {
         key: _Job(
             tensor,
-            scheme_format(scheme, key, len(tensor.shape)),
+            scheme_format(scheme, key, len(tensor.shape), source.config.num_hidden_layers),
             (importance or {}).get(key),
             (prepared or {}).get(key),
         )

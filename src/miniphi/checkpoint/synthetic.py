@@ -49,7 +49,7 @@ def synthetic_tensors(config: ModelConfig, *, scheme: Scheme, seed: int = 0) -> 
     """
     tensors: dict[str, TensorSource] = {}
     for number, (name, shape) in enumerate(expected_shapes(config).items()):
-        fmt = scheme_format(scheme, name, len(shape))
+        fmt = scheme_format(scheme, name, len(shape), config.num_hidden_layers)
         if fmt is Format.F32:
             tensors[name] = TensorSource.from_floats(np.ones(shape, dtype=np.float32))
         else:

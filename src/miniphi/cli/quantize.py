@@ -27,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--type",
-        choices=("q8", "q4", "q4_0", "iq4_nl"),
+        choices=("q8", "q4", "q4m", "q4_0", "iq4_nl"),
         required=True,
         help="q8: 8 bits; q4: 4 bits with embeddings and output in 8, as NL4 in a folder (the smallest and most exact) "
-        "and as Q4_0 in a .gguf file; q4_0, iq4_nl: 4 bits in that format of llama.cpp",
+        "and as Q4_0 in a .gguf file; q4m: q4 with 8 bits for some matrices more; q4_0, iq4_nl: 4 bits in that format "
+        "of llama.cpp",
     )
     parser.add_argument(
         "--calibrate",
@@ -89,7 +90,10 @@ def _calibrate(source: "Checkpoint", destination: Path, args: argparse.Namespace
     bos = tokenizer.bos_token_id if tokenizer.add_bos else None
     windows = sample_windows(tokenizer.encode(read_text(args.calibrate)), bos_token_id=bos)
     scheme = resolve_scheme(args.type, destination)
-    formats = {name: scheme_format(scheme, name, len(tensor.shape)) for name, tensor in source.tensors.items()}
+    num_layers = source.config.num_hidden_layers
+    formats = {
+        name: scheme_format(scheme, name, len(tensor.shape), num_layers) for name, tensor in source.tensors.items()
+    }
     with progress_bar("calibrate", unit="") as update:
         return calibrate(
             source,
