@@ -38,8 +38,10 @@ enum class Scale {
     SuperHalf,   // per 8 groups first: f16 d[32]; per group: i8 s[2][32], one per 16 codes.      w = d s (q - zero)
 };
 
-// What the codes of IQ4_NL and NL4 stand for: denser around zero, as weights are.
-constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// What non-linear codes stand for: denser around zero, as weights are. IQ4_NL's are ggml's; NL4's are the fixed point of
+// Lloyd's algorithm on groups of 64 (checkpoint/codebook.py).
+constexpr int8_t kLevelsIQ4NL[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kLevelsNL4[16] = {-127, -97, -75, -58, -44, -31, -19, -8, 2, 12, 23, 34, 47, 62, 80, 104};
 
 struct Layout {
     int bits;
@@ -48,7 +50,7 @@ struct Layout {
     size_t group_bytes;      // codes and scales of one group, 32 rows
     size_t super_bytes = 0;  // what comes once per 8 groups
     size_t group = kGroup;
-    bool non_linear = false; // a code is an index into kNonLinear; multiplied as kNonLinear[code] + 128
+    const int8_t* levels = nullptr;   // of a non-linear format: a code is an index; multiplied is levels[code] + 128
 
     constexpr size_t code_bytes() const {
         return bits == 8 ? group * kBlockColumns : group * kBlockColumns / 2 + size_t(bits - 4) * 128;
@@ -66,8 +68,8 @@ constexpr Layout layout_of(Kind kind) {
         case Kind::Q4_K: return {4, Scale::Super, 0, 512 + 64, 128};
         case Kind::Q5_K: return {5, Scale::Super, 0, 512 + 128 + 64, 128};
         case Kind::Q6_K: return {6, Scale::SuperHalf, 32, 512 + 256 + 64, 64};
-        case Kind::IQ4_NL: return {4, Scale::Symmetric, 128, 512 + 64, 0, kGroup, true};
-        case Kind::NL4: return {4, Scale::Symmetric, 128, 1024 + 64, 0, kWideGroup, true};
+        case Kind::IQ4_NL: return {4, Scale::Symmetric, 128, 512 + 64, 0, kGroup, kLevelsIQ4NL};
+        case Kind::NL4: return {4, Scale::Symmetric, 128, 1024 + 64, 0, kWideGroup, kLevelsNL4};
         default: return {0, Scale::Symmetric, 0, 0};
     }
 }

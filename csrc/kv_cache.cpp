@@ -29,14 +29,14 @@ size_t key_bytes_of(const HeadShape& shape, CacheType type) {
     return block_bytes(kind, is_quantized(kind) ? shape.padded_dim() : shape.head_dim);
 }
 
-// kNonLinear's nearest index for every value of -128 .. 127.
+// kLevelsIQ4NL's nearest index for every value of -128 .. 127.
 constexpr std::array<uint8_t, 256> nearest_codes() {
     std::array<uint8_t, 256> nearest{};
     for (int value = -128; value < 128; value++) {
         int best = 0;
         for (int code = 1; code < 16; code++) {
-            const int distance = value > kNonLinear[code] ? value - kNonLinear[code] : kNonLinear[code] - value;
-            const int least = value > kNonLinear[best] ? value - kNonLinear[best] : kNonLinear[best] - value;
+            const int distance = value > kLevelsIQ4NL[code] ? value - kLevelsIQ4NL[code] : kLevelsIQ4NL[code] - value;
+            const int least = value > kLevelsIQ4NL[best] ? value - kLevelsIQ4NL[best] : kLevelsIQ4NL[best] - value;
             if (distance < least) best = code;
         }
         nearest[size_t(value + 128)] = uint8_t(best);
@@ -64,7 +64,7 @@ float quantize_non_linear(const float* x, size_t n, uint8_t* codes) {
     float fit = 0, square = 0;
     for (size_t i = 0; i < n; i++) {
         codes[i] = nearest[size_t(rounded(x[i] * inverse, -127, 127) + 128)];
-        const float value = kNonLinear[codes[i]];
+        const float value = kLevelsIQ4NL[codes[i]];
         fit += x[i] * value;
         square += value * value;
     }

@@ -5,7 +5,7 @@
 //   F32, F16   K as a panel [head_dim][32 tokens], V as panels [head_dim / 32][32 tokens][32 dims]
 //   Q8, Q4     K as a column block of blocks.h whose 32 rows are the tokens: Q8_0 or Q5_0, one scale per token and 32 dims;
 //              V as panels [head_dim / 32] with roles exchanged (32 dims are the rows, 32 tokens the depth): signed int8
-//              or codes of kNonLinear; then one f16 scale per token.
+//              or codes of kLevelsIQ4NL; then one f16 scale per token.
 //
 // So scores are a quantised tile or a panel product over K, and outputs one over V. Q4 keeps keys and values rotated by a
 // Hadamard matrix in groups of 32 dims, which spreads a channel that stands out over its neighbours; queries are rotated

@@ -24,7 +24,7 @@ INLINE __m256 small_signed(const void* p) {
 }
 
 // Codes of 8 bits and what non-linear codes stand for are multiplied as signed values, without a zero point.
-constexpr bool is_signed(Kind kind) { return layout_of(kind).bits == 8 || layout_of(kind).non_linear; }
+constexpr bool is_signed(Kind kind) { return layout_of(kind).bits == 8 || layout_of(kind).levels != nullptr; }
 
 // Codes of step kStep for the 8 rows at vector offset `lane` (0 or 32 bytes) of half `half`.
 template <Kind kKind, int kStep>
@@ -36,8 +36,8 @@ INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
         __m256i v = load(w + (2 * (kStep / 2) + half) * 64 + lane);
         if constexpr (kStep % 2) v = _mm256_srli_epi16(v, 4);
         v = _mm256_and_si256(v, _mm256_set1_epi8(15));
-        if constexpr (layout_of(kKind).non_linear)
-            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), v);
+        if constexpr (constexpr const int8_t* levels = layout_of(kKind).levels; levels != nullptr)
+            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels))), v);
         if constexpr (kBits > 4) {
             constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
             __m256i high = load(w + 512 + half * (kBits - 4) * 64 + (kBits == 6 ? kStep / 4 * 64 : 0) + lane);
@@ -231,7 +231,7 @@ INLINE __m256i values_at(const uint8_t* panel, int s, int lane) {
     if constexpr (kBits == 8) return load(panel + s * 128 + lane);
     __m256i v = load(panel + s / 2 * 128 + lane);
     if (s % 2) v = _mm256_srli_epi16(v, 4);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevelsIQ4NL)));
     return _mm256_shuffle_epi8(table, _mm256_and_si256(v, _mm256_set1_epi8(15)));
 }
 

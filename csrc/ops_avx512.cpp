@@ -30,8 +30,8 @@ INLINE __m512i values_of(__m512i nibbles, const uint8_t* high_half) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits;
     const __m512i low = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
-    if constexpr (layout.non_linear) {
-        const __m128i table = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)), _mm_set1_epi8(char(0x80)));
+    if constexpr (layout.levels != nullptr) {
+        const __m128i table = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layout.levels)), _mm_set1_epi8(char(0x80)));
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), low);
     }
     if constexpr (kBits == 4) return low;
@@ -254,7 +254,7 @@ INLINE __m512i values_at(const uint8_t* panel, int h) {
     if constexpr (kBits == 8) return load(panel + (2 * kStep + h) * 64);
     __m512i v = load(panel + (2 * (kStep / 2) + h) * 64);
     if constexpr (kStep % 2) v = _mm512_srli_epi16(v, 4);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevelsIQ4NL)));
     return _mm512_shuffle_epi8(table, _mm512_and_si512(v, _mm512_set1_epi8(15)));
 }
 

@@ -62,7 +62,7 @@ INLINE int8x16_t codes_of(const uint8_t* low, const uint8_t* high) {
         v = vld1q_u8(low + kStep / 2 * kPlane);
         if constexpr (kStep % 2) v = vshrq_n_u8(v, 4);
         else if constexpr (kBits == 4) v = vandq_u8(v, vdupq_n_u8(15));
-        if constexpr (layout_of(kKind).non_linear) return vqtbl1q_s8(vld1q_s8(kNonLinear), v);
+        if constexpr (layout_of(kKind).levels != nullptr) return vqtbl1q_s8(vld1q_s8(layout_of(kKind).levels), v);
         if constexpr (kBits > 4) {
             constexpr int shift = kBits == 5 ? kStep : 2 * (kStep % 4);
             uint8x16_t h = vld1q_u8(kBits == 5 ? high : high + kStep / 4 * 64);
@@ -116,7 +116,7 @@ INLINE Rows<kRows> rows_from(const QuantRows& a, size_t row) {
 template <Kind kKind, int kRows>
 INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const Rows<kRows>& a, size_t g, float32x4_t* sum) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8 && !layout.non_linear;   // those are signed instead
+    constexpr bool has_zero = layout.zero != 0 && layout.bits != 8 && layout.levels == nullptr;   // those are signed instead
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
     const uint8_t *scales = w + layout.code_bytes(), *low = w + 16 * vector;
     const uint8_t* high = w + 512 + (layout.bits == 6 ? vector / 4 * 128 + vector % 4 * 16 : 16 * vector);
@@ -251,7 +251,7 @@ INLINE int8x16_t values_at(const uint8_t* panel, int s, int lane) {
     if constexpr (kBits == 8) return vld1q_s8(reinterpret_cast<const int8_t*>(panel) + s * 128 + lane);
     uint8x16_t v = vld1q_u8(panel + s / 2 * 128 + lane);
     v = s % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
-    return vqtbl1q_s8(vld1q_s8(kNonLinear), v);
+    return vqtbl1q_s8(vld1q_s8(kLevelsIQ4NL), v);
 }
 
 // 4 dims at a time; the weights of four steps are one vector, and SDOT takes a lane of it.

@@ -19,7 +19,8 @@ int code_at(const uint8_t* group, int s, int n, int kk) {
     const uint8_t* high = group + 512;
     if (kBits == 5) code |= ((high[half * 64 + byte] >> s) & 1) << 4;
     if (kBits == 6) code |= ((high[(2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
-    return layout.non_linear ? kNonLinear[code] + layout.zero : code;
+    if constexpr (layout.levels != nullptr) return layout.levels[code] + layout.zero;
+    return code;
 }
 
 template <Kind kKind>
@@ -89,7 +90,7 @@ void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes&
                 const int s = int(t % 32) / 4, byte = n / 16 * 64 + n % 16 * 4 + int(t % 4);
                 const uint8_t* panel = panels[t / 32];
                 if (kBits == 8) sum += weight * int8_t(panel[s * 128 + byte]);
-                else sum += weight * kNonLinear[(panel[s / 2 * 128 + byte] >> (s % 2 * 4)) & 15];
+                else sum += weight * kLevelsIQ4NL[(panel[s / 2 * 128 + byte] >> (s % 2 * 4)) & 15];
             }
             c[i * c_stride + n] = float(sum) * scale[i];
         }

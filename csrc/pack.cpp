@@ -132,7 +132,7 @@ int value_at(const Layout& layout, const uint8_t* group, size_t i, size_t n) {
     int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
     if (bits == 5) code |= ((group[512 + half * 64 + byte] >> s) & 1) << 4;
     if (bits == 6) code |= ((group[512 + (2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
-    return layout.non_linear ? kNonLinear[code] + layout.zero : code;
+    return layout.levels ? layout.levels[code] + layout.zero : code;
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from miniphi.errors import StorageError
 
-__all__ = ["atomic_file", "atomic_folder", "check_free_space", "write_file"]
+__all__ = ["atomic_file", "atomic_folder", "check_free_space", "check_new_file", "check_new_folder", "write_file"]
 
 
 @contextmanager
@@ -24,8 +24,7 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 
     Raises StorageError if `path` exists (unless overwrite), or cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise StorageError(f"{path}: exists already; choose another name, or allow overwriting")
+    check_new_file(path, overwrite=overwrite)
     temporary = _temporary_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -46,8 +45,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises StorageError if `path` exists and is not an empty folder, or cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StorageError(f"{path}: exists already and is not an empty folder; choose another name")
+    check_new_folder(path)
     temporary = _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +58,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise _write_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_file(path: Path, *, overwrite: bool) -> None:
+    """Raise StorageError if `path` exists, unless it may be overwritten."""
+    if path.exists() and not overwrite:
+        raise StorageError(f"{path}: exists already; choose another name, or allow overwriting")
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise StorageError if `path` exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(f"{path}: exists already and is not an empty folder; choose another name")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,10 +1,12 @@
+import struct
+
 import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize as gguf_dequantize
 
 from miniphi.checkpoint import Format, dequantize
-from miniphi.checkpoint.formats import format_from_ggml_type
+from miniphi.checkpoint.formats import LEVELS, format_from_ggml_type
 from miniphi.checkpoint.stored import encode_floats
 
 # Byte offsets of the float16 fields of a block.
@@ -17,7 +19,10 @@ SCALE_FIELDS = {
     Format.Q4_K: (0, 2),
     Format.Q5_K: (0, 2),
     Format.Q6_K: (208,),
+    Format.IQ4_NL: (0,),
+    Format.NL4: (0,),
 }
+GGML_FORMATS = [fmt for fmt in Format if fmt.ggml_type is not None]
 
 
 def random_raw(fmt: Format, num_rows: int, num_blocks: int, seed: int) -> np.ndarray:
@@ -33,7 +38,7 @@ def random_raw(fmt: Format, num_rows: int, num_blocks: int, seed: int) -> np.nda
     return raw.reshape(num_rows, -1)
 
 
-@pytest.mark.parametrize("fmt", list(Format))
+@pytest.mark.parametrize("fmt", GGML_FORMATS)
 def test_layout_is_that_of_ggml(fmt: Format) -> None:
     kind = gguf.GGMLQuantizationType(fmt.ggml_type)
     assert kind.name == fmt.name
@@ -42,7 +47,7 @@ def test_layout_is_that_of_ggml(fmt: Format) -> None:
     assert format_from_ggml_type(fmt.ggml_type) is fmt
 
 
-@pytest.mark.parametrize("fmt", list(Format))
+@pytest.mark.parametrize("fmt", GGML_FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (70, 33)])
 def test_dequantize_is_bit_exact_with_gguf(fmt: Format, shape: tuple[int, int]) -> None:
     raw = random_raw(fmt, *shape, seed=fmt.ggml_type)
@@ -53,7 +58,26 @@ def test_dequantize_is_bit_exact_with_gguf(fmt: Format, shape: tuple[int, int]) 
     np.testing.assert_array_equal(values.view(np.uint32), expected.reshape(values.shape).view(np.uint32))
 
 
-@pytest.mark.parametrize("fmt", [Format.F16, Format.Q4_0, Format.Q6_K])
+def test_nl4_is_a_scale_and_two_halves_of_nibbles() -> None:
+    assert (Format.NL4.block_size, Format.NL4.block_bytes, Format.NL4.bits_per_weight) == (64, 34, 4.25)
+    raw = random_raw(Format.NL4, 3, 2, seed=5)
+    expected = []
+    for block in raw.reshape(-1, 34).tolist():
+        (scale,) = struct.unpack("<e", bytes(block[:2]))
+        codes = [byte & 15 for byte in block[2:]] + [byte >> 4 for byte in block[2:]]
+        expected += [np.float32(scale) * np.float32(LEVELS[Format.NL4][code]) for code in codes]
+    values = dequantize(raw, Format.NL4)
+    np.testing.assert_array_equal(values, np.array(expected, np.float32).reshape(3, 128))
+
+
+@pytest.mark.parametrize("fmt", list(LEVELS))
+def test_levels_fit_int8_and_rise(fmt: Format) -> None:
+    assert len(LEVELS[fmt]) == 16
+    assert list(LEVELS[fmt]) == sorted(set(LEVELS[fmt]))
+    assert -128 < min(LEVELS[fmt]) < 0 < max(LEVELS[fmt]) < 128
+
+
+@pytest.mark.parametrize("fmt", [Format.F16, Format.Q4_0, Format.Q6_K, Format.NL4])
 def test_chunks_and_row_order_do_not_change_values(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = random_raw(fmt, 37, 4, seed=1)
     order = np.random.default_rng(2).permutation(37).astype(np.int32)

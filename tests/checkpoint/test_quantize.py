@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from miniphi.checkpoint import Format, dequantize, quantize_rows
+from miniphi.checkpoint.codebook import _PEAK_LEVELS, Codebook
+from miniphi.checkpoint.formats import LEVELS
 from miniphi.errors import CheckpointError
 
-FORMATS = [Format.Q8_0, Format.Q4_0, Format.Q4_1]
+FORMATS = [Format.Q8_0, Format.Q4_0, Format.Q4_1, Format.IQ4_NL, Format.NL4]
+TABLES = [Format.Q4_0, Format.IQ4_NL, Format.NL4]
 
 
 def relative(x: np.ndarray, y: np.ndarray) -> float:
@@ -25,7 +28,7 @@ def weights(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy tails"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", [Format.Q8_0, Format.Q4_0, Format.Q4_1])
 def test_error_is_reported_and_less_than_that_of_the_plain_method(fmt: Format, kind: str) -> None:
     x = weights(kind)
     raw, error = quantize_rows(x, fmt)
@@ -38,13 +41,58 @@ def test_error_is_reported_and_less_than_that_of_the_plain_method(fmt: Format, k
     assert error.relative < 0.98 * plain
 
 
+def scalar_block(x: list[float], weight: list[float], levels: tuple[int, ...], tries: tuple[float, ...]) -> np.ndarray:
+    """The search for a scale and the rounding of one block, one number at a time in float64."""
+
+    def nearest(ratio: float) -> int:
+        return max(range(16), key=lambda code: (-abs(ratio - levels[code]), code))
+
+    peak = max(x, key=lambda value: (abs(value), -value))
+    gains = []
+    for level in tries:
+        v = [levels[nearest(value * level / peak)] for value in x]
+        xv = sum(w * a * b for w, a, b in zip(weight, x, v, strict=True))
+        vv = sum(w * b * b for w, b in zip(weight, v, strict=True))
+        gains.append((xv * xv / vv, xv / vv))
+    scale = float(np.float16(max(gains)[1]))
+    return np.array([scale * levels[nearest(value / scale)] for value in x], np.float32)
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+def test_tables_agree_with_a_scalar_search(fmt: Format) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.standard_t(4, (3, 2 * fmt.block_size)).astype(np.float32)
+    importance = rng.uniform(0.1, 3, x.shape[1]).astype(np.float32)
+    values = dequantize(quantize_rows(x, fmt, importance=importance)[0], fmt).reshape(-1, fmt.block_size)
+    weight = np.tile(importance, 3).reshape(-1, fmt.block_size)
+    for found, block, weights_of_block in zip(values, x.reshape(values.shape), weight, strict=True):
+        expected = scalar_block(block.tolist(), weights_of_block.tolist(), LEVELS[fmt], _PEAK_LEVELS[fmt])
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+def test_every_ratio_gets_its_nearest_level(fmt: Format) -> None:
+    book = Codebook(fmt)
+    ratio = np.arange(-300, 300, 1 / 64, dtype=np.float32)
+    distance = np.abs(ratio[:, None] - book.levels)
+    np.testing.assert_array_equal(np.abs(ratio - book.nearest_levels(ratio)), distance.min(axis=1))
+    np.testing.assert_array_equal(book.levels[book.nearest_codes(ratio)], book.nearest_levels(ratio))
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails"])
+def test_formats_rank_as_documented(kind: str) -> None:
+    error = {fmt: quantize_rows(weights(kind), fmt)[1].relative for fmt in TABLES}
+    assert error[Format.IQ4_NL] < 0.93 * error[Format.Q4_0]
+    assert error[Format.NL4] < 1.02 * error[Format.Q4_0]  # at 4.25 bits instead of 4.5
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_what_is_on_the_grid_stays_there(fmt: Format) -> None:
     rng = np.random.default_rng(0)
-    levels = {Format.Q8_0: (-127, 128), Format.Q4_0: (-8, 8), Format.Q4_1: (0, 16)}[fmt]
-    q = rng.integers(*levels, (8, 64)).astype(np.float32)
+    levels = np.array({Format.Q8_0: range(-127, 128), Format.Q4_1: range(16), **LEVELS}[fmt], np.float32)
+    q = rng.choice(levels, (8, 64))
     q[:, ::32] = levels[0]  # both ends are used, so that the grid is the only one that fits
-    q[:, 1::32] = levels[1] - 1
+    q[:, 1::32] = levels[-1]
     x = q * np.float32(0.125)
     raw, error = quantize_rows(x, fmt)
     np.testing.assert_array_equal(dequantize(raw, fmt), x)
@@ -62,7 +110,7 @@ def test_zeros_and_constants(fmt: Format) -> None:
     assert error.relative < 2e-3
 
 
-@pytest.mark.parametrize("fmt", [Format.Q8_0, Format.Q4_0])
+@pytest.mark.parametrize("fmt", [Format.Q8_0, *TABLES])
 def test_importance_moves_the_error_to_columns_that_matter_less(fmt: Format) -> None:
     x = weights("normal")
     importance = np.ones(512, dtype=np.float32)
@@ -99,17 +147,18 @@ def test_wrong_arguments_are_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    x=hnp.arrays(np.float32, (2, 32), elements=st.floats(-60000, 60000, width=32)),
+    x=hnp.arrays(np.float32, (2, 64), elements=st.floats(-60000, 60000, width=32)),
     fmt=st.sampled_from(FORMATS),
 )
 def test_error_is_bounded_by_half_a_step_of_the_plain_scale(x: np.ndarray, fmt: Format) -> None:
     raw, error = quantize_rows(x, fmt)
     values = dequantize(raw, fmt)
     assert np.isfinite(values).all()
-    steps = {Format.Q8_0: 127, Format.Q4_0: 8, Format.Q4_1: 7.5}[fmt]
+    # Peak over half the widest distance of two levels, where the peak is put on the outermost one.
+    steps = {Format.Q8_0: 127, Format.Q4_0: 8, Format.Q4_1: 7.5, Format.IQ4_NL: 127 / 12, Format.NL4: 127 / 15}[fmt]
     peak = np.abs(x).max(axis=1, keepdims=True)
-    # Half a step for each of the 32 values, doubled for the clipped end of Q4_0, and the rounding of the float16
+    # Half a step for each of the 64 values, doubled for the clipped end of Q4_0, and the rounding of the float16
     # scale, which matters for values near its least number only.
-    bound = 32**0.5 * (peak / steps + peak * 2**-10 + 128 * 2.0**-24)
+    bound = 64**0.5 * (peak / steps + peak * 2**-10 + 128 * 2.0**-24)
     assert (np.linalg.norm(values - x, axis=1, keepdims=True) <= bound).all()
     assert error.max_absolute == pytest.approx(float(np.abs(values - x).max()), rel=1e-5, abs=1e-7)

@@ -8,7 +8,16 @@ import gguf
 import numpy as np
 import pytest
 
-from miniphi.checkpoint import Format, TensorReport, TensorSource, open_checkpoint, quantize_checkpoint, write_gguf
+from miniphi.checkpoint import (
+    Format,
+    Prepared,
+    TensorReport,
+    TensorSource,
+    open_checkpoint,
+    quantize_checkpoint,
+    quantize_rows,
+    write_gguf,
+)
 from miniphi.checkpoint.stored import Checkpoint
 from miniphi.errors import CheckpointError, StorageError
 from tests.checkpoint.tiny_models import (
@@ -33,7 +42,10 @@ def source(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(write_folder(tmp_path / "source", config, tensors, extra=extra))
 
 
-@pytest.mark.parametrize(("scheme", "layer_format", "bits"), [("q8", Format.Q8_0, 8.5), ("q4", Format.Q4_0, 4.5)])
+@pytest.mark.parametrize(
+    ("scheme", "layer_format", "bits"),
+    [("q8", Format.Q8_0, 8.5), ("q4", Format.Q4_0, 4.5), ("q4_0", Format.Q4_0, 4.5), ("iq4_nl", Format.IQ4_NL, 4.5)],
+)
 def test_formats_errors_and_totals(
     source: Checkpoint, tmp_path: Path, scheme: Any, layer_format: Format, bits: float
 ) -> None:
@@ -65,7 +77,7 @@ def test_formats_errors_and_totals(
             relative = float(np.linalg.norm(difference) / np.linalg.norm(original))
             assert tensor.relative_error == pytest.approx(relative, rel=1e-4)
             assert tensor.max_absolute_error == pytest.approx(float(np.abs(difference).max()), rel=1e-4)
-            assert relative < {Format.F32: 1e-9, Format.Q8_0: 0.006, Format.Q4_0: 0.09}[expected]
+            assert relative < {Format.F32: 1e-9, Format.Q8_0: 0.006, Format.Q4_0: 0.09, Format.IQ4_NL: 0.08}[expected]
         assert report.target_bytes == result.num_bytes
     assert report.source_bytes == source.num_bytes == 2 * (matrix_values + vector_values)
     assert report.num_values == matrix_values + vector_values
@@ -303,3 +315,96 @@ def test_write_gguf_refuses_what_gguf_cannot_hold(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "x.gguf") as checkpoint:
         assert {key: checkpoint.metadata[key] for key in values} == values
         assert checkpoint.metadata["b"] == [True, False]
+
+
+def wide_source(tmp_path: Path, **changes: Any) -> Checkpoint:
+    """A model whose rows divide into blocks of 64."""
+    config = tiny_config(intermediate_size=128, **changes)
+    extra = {"tokenizer.json": byte_level_tokenizer().to_str().encode(), "chat_template.jinja": b"TEMPLATE"}
+    return open_checkpoint(write_folder(tmp_path / "wide", config, random_tensors(config), extra=extra))
+
+
+def test_a_folder_gets_nl4_and_keeps_what_belongs_to_the_model(tmp_path: Path) -> None:
+    seen: list[float] = []
+    with wide_source(tmp_path) as source:
+        report = quantize_checkpoint(
+            source, tmp_path / "out", scheme="q4", num_threads=3, on_progress=lambda _, done: seen.append(done)
+        )
+        with open_checkpoint(tmp_path / "out") as result:
+            assert result.config == source.config
+            assert result.chat_template == "TEMPLATE"
+            assert result.generation_eos_token_ids == (2,)
+            assert result.tokenizer_source == ("files", tmp_path / "out" / "tokenizer.json", {})
+            assert list(result.tensors) == [tensor.name for tensor in report.tensors]
+            for tensor in report.tensors:
+                stored, original = result.tensors[tensor.name], source.tensors[tensor.name].to_float32()
+                expected = Format.NL4 if ".layers." in tensor.name else Format.Q8_0
+                assert stored.format is tensor.target_format is (Format.F32 if original.ndim == 1 else expected)
+                if original.ndim > 1:
+                    np.testing.assert_array_equal(stored.raw, quantize_rows(original, expected)[0])
+            assert report.target_bytes == result.num_bytes
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+def test_a_folder_made_from_gguf_keeps_its_tokenizer(tmp_path: Path) -> None:
+    with wide_source(tmp_path) as source:
+        quantize_checkpoint(source, tmp_path / "out.gguf", scheme="q8")
+    with open_checkpoint(tmp_path / "out.gguf") as model:
+        quantize_checkpoint(model, tmp_path / "folder", scheme="q4")
+        with open_checkpoint(tmp_path / "folder") as result:
+            assert result.config == model.config
+            assert result.chat_template == "TEMPLATE"
+            assert result.tokenizer_source is not None
+            kind, metadata = result.tokenizer_source
+            assert kind == "gguf"
+            assert metadata == {
+                key: value
+                for key, value in model.metadata.items()
+                if key.startswith("tokenizer.") or key == "general.architecture"
+            }
+            name = "model.layers.1.self_attn.k_proj.weight"  # GGUF keeps its rows in another order
+            a, b = model.tensors[name].to_float32(), result.tensors[name].to_float32()
+            assert np.linalg.norm(a - b) < 0.12 * np.linalg.norm(a)
+
+
+def test_destinations_that_cannot_be(tmp_path: Path) -> None:
+    with wide_source(tmp_path) as source:
+        with pytest.raises(CheckpointError, match="GGUF has no type NL4"):
+            quantize_checkpoint(source, tmp_path / "out.gguf", scheme="nl4")
+        with pytest.raises(CheckpointError, match="name a folder"):
+            quantize_checkpoint(source, tmp_path / "out.safetensors", scheme="q4")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "precious").touch()
+        with pytest.raises(StorageError, match="not an empty folder"):
+            quantize_checkpoint(source, tmp_path / "full", scheme="q4", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "wide"]
+
+
+def test_prepared_tensors_are_written_as_they_are(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    with wide_source(tmp_path) as source:
+        raw, error = quantize_rows(-source.tensors[name].to_float32(), Format.NL4)
+        prepared = Prepared(raw=raw, format=Format.NL4, error=error, output_error=0.25)
+        report = quantize_checkpoint(source, tmp_path / "out", scheme="q4", prepared={name: prepared})
+        with open_checkpoint(tmp_path / "out") as result:
+            np.testing.assert_array_equal(result.tensors[name].raw, raw)
+        assert [tensor.name for tensor in report.tensors if tensor.output_error == 0.25] == [name]
+        with pytest.raises(CheckpointError, match="prepared: 'nothing' is not a tensor"):
+            quantize_checkpoint(source, tmp_path / "x", scheme="q4", prepared={"nothing": prepared})
+
+
+def test_a_mixed_scheme_keeps_more_matrices_in_8_bits(tmp_path: Path) -> None:
+    with wide_source(tmp_path, num_hidden_layers=8) as source:
+        quantize_checkpoint(source, tmp_path / "out", scheme="q4m")
+        with open_checkpoint(tmp_path / "out") as result:
+            formats = {name: tensor.format for name, tensor in result.tensors.items() if len(tensor.shape) > 1}
+    eight = {name for name, fmt in formats.items() if fmt is Format.Q8_0}
+    layers = "model.layers.{}.mlp.down_proj.weight"
+    assert eight == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        *(f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(8)),
+        *(layers.format(layer) for layer in (0, 5, 7)),
+    }
+    assert set(formats.values()) == {Format.Q8_0, Format.NL4}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miniphi.checkpoint import Format, TensorSource, open_checkpoint, save_safetensors
+from miniphi.checkpoint import Format, TensorSource, expected_shapes, open_checkpoint, save_safetensors
 from miniphi.checkpoint.safetensors import open_safetensors, open_sharded_safetensors
 from miniphi.errors import CheckpointError, StorageError
 from tests.checkpoint.tiny_models import random_tensors, tiny_config, write_folder
@@ -22,6 +22,45 @@ def write_raw(path: Path, header: Any, data: bytes = b"", *, length: int | None 
 
 def entry(dtype: str = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+NL4 = {"format": "NL4", "columns": 64}
+
+
+def blocks(value: Any) -> dict[str, Any]:
+    return {"__metadata__": {"miniphi.blocks": value if isinstance(value, str) else json.dumps(value)}}
+
+
+def test_quantised_tensors_are_bytes_to_the_reference_and_blocks_to_us(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    config = tiny_config(tie_word_embeddings=True)
+    formats = (Format.NL4, Format.Q8_0, Format.IQ4_NL)
+    tensors: dict[str, TensorSource] = {}
+    rows: dict[str, np.ndarray] = {}
+    for number, (name, shape) in enumerate(expected_shapes(config).items()):
+        fmt = formats[number % 3]
+        if len(shape) == 1 or shape[1] % fmt.block_size:
+            tensors[name] = TensorSource.from_floats(np.full(shape, number, np.float32))
+        else:
+            rows[name] = np.random.default_rng(number).integers(
+                0, 256, (shape[0], fmt.row_bytes(shape[1])), dtype=np.uint8
+            )
+            tensors[name] = TensorSource.from_bytes(rows[name], fmt, shape)
+    save_safetensors(tmp_path / "m", config, tensors, max_shard_bytes=30_000, num_threads=2)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            assert (tensor.format, tensor.shape) == (tensors[name].format, tensors[name].shape)
+            if name in rows:
+                np.testing.assert_array_equal(tensor.raw, rows[name])
+            else:
+                np.testing.assert_array_equal(tensor.to_float32(), tensor.to_float32().flat[0])
+    for path in (tmp_path / "m").glob("*.safetensors"):
+        with safe_open(path, "np") as reference:
+            for name in reference.keys():  # noqa: SIM118 - not a mapping
+                if name in rows:
+                    np.testing.assert_array_equal(reference.get_tensor(name), rows[name])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -109,6 +148,23 @@ BAD_HEADERS = {
         b"",
         "dtype",
     ),
+    "blocks not JSON": ({**blocks("[1]"), "w": entry("U8", (2, 34), (0, 68))}, b"\0" * 68, "miniphi.blocks"),
+    "blocks entry": ({**blocks({"w": {"format": "NL4"}})}, b"", "expected exactly format and columns"),
+    "blocks format": (
+        {**blocks({"w": {"format": "F32", "columns": 64}})},
+        b"",
+        "has format 'F32', expected one of Q8_0",
+    ),
+    "blocks columns": ({**blocks({"w": {"format": "NL4", "columns": 96}})}, b"", "expected a multiple of 64 for NL4"),
+    "blocks without tensor": ({**blocks({"w": NL4})}, b"", "names 'w', which the file does not hold"),
+    "blocks dtype": ({**blocks({"w": NL4}), "w": entry()}, b"\0" * 24, "expected U8 [rows, 34]"),
+    "blocks shape": (
+        {**blocks({"w": NL4}), "w": entry("U8", (2, 33), (0, 66))},
+        b"\0" * 66,
+        "is 'U8' [2, 33], but miniphi.blocks says that it is NL4 with 64 columns",
+    ),
+    "blocks size": ({**blocks({"w": NL4}), "w": entry("U8", (2, 34), (0, 67))}, b"\0" * 67, "takes 68 bytes"),
+    "blocks not listed": ({"w": entry("U8", (2, 34), (0, 68))}, b"\0" * 68, "has dtype 'U8', expected one of F32"),
     "digits": (b'{"a":' + b"9" * 10_000 + b"}", b"", "not valid JSON"),
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from miniphi.models import catalog, find_entry
+from tests.checkpoint.tiny_models import byte_level_tokenizer, random_tensors, tiny_config, write_folder
 from tests.fake_llm import write_tiny_model
 
 from .conftest import FakeModels, Run
@@ -166,6 +167,34 @@ def test_quantize_writes_a_model_and_reports_the_error(run: Run, folder: Path, t
     assert document["path"] == str(target)
     assert {tensor["target_format"] for tensor in document["tensors"]} == {"F32", "Q8_0", "Q4_0"}
     assert document["bits_per_weight"] < 8
+
+
+def test_quantize_into_a_folder_and_by_a_text(run: Run, tmp_path: Path) -> None:
+    config = tiny_config(intermediate_size=128)
+    tokenizer = byte_level_tokenizer().to_str().encode()
+    source = write_folder(tmp_path / "m", config, random_tensors(config), extra={"tokenizer.json": tokenizer})
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog had a hat. " * 60, encoding="utf-8")
+    target = tmp_path / "out"
+    result = run("quantize", str(source), str(target), "--type", "q4", "--calibrate", str(text), "--json")
+    assert result.code == 0, result.err
+    tensors = json.loads(result.out)["tensors"]
+    products = {t["name"]: t["output_error"] for t in tensors if t["target_format"] == "NL4"}
+    assert len(products) == 14
+    assert all(0 < error < 0.2 for error in products.values())
+    assert {t["output_error"] for t in tensors if t["target_format"] != "NL4"} == {None}
+    assert "14 x NL4" in run("show", str(target)).out
+    other = tmp_path / "out.gguf"
+    table = run("quantize", str(source), str(other), "--type", "iq4_nl", "--calibrate", str(text))
+    assert "IN PRODUCTS" in table.out
+    assert "14 x IQ4_NL" in run("show", str(other)).out
+    assert "not an empty folder" in run("quantize", str(source), str(target), "--type", "q4").error
+    text.write_text("short", encoding="utf-8")
+    short = run("quantize", str(source), str(tmp_path / "x"), "--type", "q4", "--calibrate", str(text))
+    assert "give at least 512" in short.error
+    wrong = run("quantize", str(source), str(tmp_path / "x"), "--type", "q8", "--calibrate", str(text))
+    assert wrong.code == 2
+    assert not (tmp_path / "x").exists()
 
 
 def test_quantize_needs_a_type(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from miniphi.checkpoint.gguf_writer import write_gguf
     from miniphi.checkpoint.names import expected_shapes
     from miniphi.checkpoint.quantize import QuantizationError, quantize_rows
-    from miniphi.checkpoint.quantize_model import QuantizeReport, Scheme, TensorReport, quantize_checkpoint
+    from miniphi.checkpoint.quantize_model import (
+        Prepared,
+        QuantizeReport,
+        Scheme,
+        TensorReport,
+        check_destination,
+        quantize_checkpoint,
+        resolve_scheme,
+        scheme_format,
+    )
     from miniphi.checkpoint.safetensors_writer import save_safetensors
     from miniphi.checkpoint.stored import Checkpoint, StoredTensor, TensorSource, TokenizerSource
     from miniphi.checkpoint.synthetic import synthetic_tensors, write_synthetic_gguf
@@ -24,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "Format",
     "GGUFFile",
+    "Prepared",
     "QuantizationError",
     "QuantizeReport",
     "Scheme",
@@ -31,13 +41,16 @@ __all__ = [
     "TensorReport",
     "TensorSource",
     "TokenizerSource",
+    "check_destination",
     "dequantize",
     "expected_shapes",
     "open_checkpoint",
     "open_gguf",
     "quantize_checkpoint",
     "quantize_rows",
+    "resolve_scheme",
     "save_safetensors",
+    "scheme_format",
     "synthetic_tensors",
     "tokenizer_metadata",
     "write_gguf",
@@ -52,7 +65,16 @@ _MODULES = {
     "gguf_writer": ("write_gguf",),
     "names": ("expected_shapes",),
     "quantize": ("QuantizationError", "quantize_rows"),
-    "quantize_model": ("QuantizeReport", "Scheme", "TensorReport", "quantize_checkpoint"),
+    "quantize_model": (
+        "Prepared",
+        "QuantizeReport",
+        "Scheme",
+        "TensorReport",
+        "check_destination",
+        "quantize_checkpoint",
+        "resolve_scheme",
+        "scheme_format",
+    ),
     "safetensors_writer": ("save_safetensors",),
     "stored": ("Checkpoint", "StoredTensor", "TensorSource", "TokenizerSource"),
     "synthetic": ("synthetic_tensors", "write_synthetic_gguf"),

@@ -13,7 +13,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Format", "dequantize", "format_from_ggml_type"]
+__all__ = ["LEVELS", "Format", "dequantize", "format_from_ggml_type"]
 
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -22,7 +22,7 @@ _CHUNK_VALUES = 1 << 18  # 1 MiB of float32: temporaries stay in the cache and d
 
 
 class Format(Enum):
-    """A storage format: ggml type id, values per block, bytes per block."""
+    """A storage format: ggml type id (None where GGUF has no such type), values per block, bytes per block."""
 
     F32 = (0, 1, 4)  # x: float32
     F16 = (1, 1, 2)  # x: float16
@@ -35,8 +35,10 @@ class Format(Enum):
     Q4_K = (12, 256, 144)  # d[2] m[2] s[12] q[128]: 8 parts of 32;     x = q * (d * scale) - m * minimum
     Q5_K = (13, 256, 176)  # d[2] m[2] s[12] h[32] q[128]: bit p of h belongs to part p; x as Q4_K
     Q6_K = (14, 256, 210)  # q[128] h[64] scale[16] int8 d[2]: 16 parts of 16;           x = (q - 32) * (d * scale)
+    IQ4_NL = (20, 32, 18)  # d[2] q[16] as Q4_0;                        x = level[q] * d
+    NL4 = (None, 64, 34)  # d[2] q[32]: lo = values 0..31, hi = 32..63; x = level[q] * d
 
-    def __init__(self, ggml_type: int, block_size: int, block_bytes: int) -> None:
+    def __init__(self, ggml_type: int | None, block_size: int, block_bytes: int) -> None:
         self.ggml_type = ggml_type
         self.block_size = block_size
         self.block_bytes = block_bytes
@@ -54,7 +56,18 @@ class Format(Enum):
         return num_blocks * self.block_bytes
 
 
-_BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in Format}
+_BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in Format if fmt.ggml_type is not None}
+
+LEVELS: dict[Format, tuple[int, ...]] = {
+    Format.Q4_0: tuple(range(-8, 8)),
+    Format.IQ4_NL: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    Format.NL4: (-127, -97, -75, -58, -44, -31, -19, -8, 2, 12, 23, 34, 47, 62, 80, 104),
+}
+"""What the sixteen codes of a 4-bit format stand for, in multiples of the block's scale.
+
+IQ4_NL's are ggml's (`kvalues_iq4nl` in ggml-common.h). NL4's are the fixed point of Lloyd's algorithm on blocks of 64
+trained weights, both rounded by themselves and with error feedback; docs/numerics.md says what they gain.
+"""
 
 
 def format_from_ggml_type(ggml_type: int) -> Format | None:
@@ -117,6 +130,15 @@ def _decode_q8_0(blocks: ByteArray) -> FloatArray:
 def _decode_q4_0(blocks: ByteArray) -> FloatArray:
     q = _nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8)
     return q.astype(np.float32) * _float16(blocks, 0)
+
+
+def _decode_levels(fmt: Format) -> Callable[[ByteArray], FloatArray]:
+    levels = np.array(LEVELS[fmt], dtype=np.float32)
+
+    def decode(blocks: ByteArray) -> FloatArray:
+        return levels[_nibbles(blocks[:, 2:])] * _float16(blocks, 0)
+
+    return decode
 
 
 def _decode_q4_1(blocks: ByteArray) -> FloatArray:
@@ -190,4 +212,6 @@ _DECODERS: dict[Format, Callable[[ByteArray], FloatArray]] = {
     Format.Q4_K: _decode_q4_k,
     Format.Q5_K: _decode_q5_k,
     Format.Q6_K: _decode_q6_k,
+    Format.IQ4_NL: _decode_levels(Format.IQ4_NL),
+    Format.NL4: _decode_levels(Format.NL4),
 }

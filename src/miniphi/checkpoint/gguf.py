@@ -38,7 +38,7 @@ _LENGTH_BYTES = 8
 # ggml types that exist and that miniphi does not read, for the message.
 _OTHER_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
     28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
@@ -252,7 +252,7 @@ class _HeaderReader:
         fmt = format_from_ggml_type(ggml_type)
         if fmt is None:
             shown = _OTHER_TYPES.get(ggml_type, f"of unknown type {ggml_type}")
-            supported = ", ".join(each.name for each in Format)
+            supported = ", ".join(each.name for each in Format if each.ggml_type is not None)
             raise UnsupportedModelError(f"{self.path}: {where} is {shown}; supported are {supported}")
         try:
             num_bytes = fmt.row_bytes(sizes[0])

@@ -20,11 +20,11 @@ from miniphi.checkpoint.gguf import DEFAULT_ALIGNMENT, MAGIC, VERSION, ValueType
 from miniphi.checkpoint.gguf_model import LONG_FACTORS, SHORT_FACTORS
 from miniphi.checkpoint.names import gguf_names, gguf_row_order, has_permuted_rows
 from miniphi.checkpoint.stored import TensorSource, encode_floats
-from miniphi.checkpoint.streaming import Tensors, check_sources, stream_tensor
+from miniphi.checkpoint.streaming import Tensors, check_columns, check_sources, stream_tensor
 from miniphi.config import ModelConfig
 from miniphi.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["write_gguf"]
+__all__ = ["metadata_gguf", "write_gguf"]
 
 # general.file_type (enum llama_ftype of llama.cpp): what most matrices are.
 _FILE_TYPES = {
@@ -38,6 +38,7 @@ _FILE_TYPES = {
     Format.Q4_K: 15,
     Format.Q5_K: 17,
     Format.Q6_K: 18,
+    Format.IQ4_NL: 25,
     Format.BF16: 32,
 }
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layouts in formats.py
@@ -68,7 +69,7 @@ def write_gguf(
     """
     _check_rotation(config)
     sources = {key: _vector_as_f32(source) for key, source in check_sources(config, tensors).items()}
-    _check_columns(sources)
+    _check_formats(sources)
     metadata = {
         **_general_metadata(config, sources, name or path.stem),
         **(general_metadata or {}),
@@ -100,6 +101,11 @@ def write_gguf(
     return size
 
 
+def metadata_gguf(metadata: Mapping[str, object]) -> bytes:
+    """Return a GGUF file that has metadata and no tensors."""
+    return _header(metadata, [])
+
+
 def _check_rotation(config: ModelConfig) -> None:
     if config.model_type == "llama" and (config.rotary_dim != config.head_dim or config.head_dim % 2):
         raise UnsupportedModelError(
@@ -107,12 +113,11 @@ def _check_rotation(config: ModelConfig) -> None:
         )
 
 
-def _check_columns(sources: Mapping[str, TensorSource]) -> None:
+def _check_formats(sources: Mapping[str, TensorSource]) -> None:
     for key, source in sources.items():
-        try:
-            source.format.row_bytes(source.shape[-1])
-        except ValueError as error:
-            raise CheckpointError(f"{key}: {error}") from None
+        if source.format.ggml_type is None:
+            raise CheckpointError(f"{key}: GGUF has no type {source.format.name}; write a folder instead")
+    check_columns(sources)
 
 
 def _vector_as_f32(source: TensorSource) -> TensorSource:

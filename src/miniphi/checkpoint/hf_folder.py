@@ -1,6 +1,7 @@
 """A Hugging Face folder as a model: config.json, safetensors, generation_config.json and the tokenizer's files.
 
-Owns which file says what. The tokenizer is only located here, not read.
+A folder that was made from a GGUF file keeps its tokenizer as that file had it: TOKENIZER_GGUF, without tensors. Owns
+which file says what. The tokenizer is only located here, not read.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from miniphi.checkpoint.checks import check_count, check_names, check_shape, check_token_id
+from miniphi.checkpoint.gguf import open_gguf
 from miniphi.checkpoint.mapped_file import MappedFile, quoted
 from miniphi.checkpoint.names import EMBEDDINGS, LM_HEAD, expected_shapes, is_harmless_surplus
 from miniphi.checkpoint.safetensors import (
@@ -23,9 +25,10 @@ from miniphi.checkpoint.strict_json import read_json_object
 from miniphi.config import ModelConfig
 from miniphi.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["PICKLE_SUFFIXES", "open_hf_folder"]
+__all__ = ["PICKLE_SUFFIXES", "TOKENIZER_GGUF", "open_hf_folder"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TOKENIZER_GGUF = "tokenizer.gguf"
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_TOKENIZER_CONFIG_BYTES = 16 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -105,7 +108,13 @@ def _read_optional(path: Path, max_bytes: int) -> dict[str, object]:
 
 def _find_tokenizer(folder: Path, tokenizer_config: Mapping[str, object]) -> TokenizerSource | None:
     path = folder / "tokenizer.json"
-    return ("files", path, tokenizer_config) if path.is_file() else None
+    if path.is_file():
+        return "files", path, tokenizer_config
+    if not (folder / TOKENIZER_GGUF).is_file():
+        return None
+    vocabulary = open_gguf(folder / TOKENIZER_GGUF)
+    vocabulary.file.close()
+    return "gguf", vocabulary.metadata
 
 
 def _read_chat_template(folder: Path, tokenizer_config: Mapping[str, object]) -> str | None:

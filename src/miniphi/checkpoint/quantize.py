@@ -1,9 +1,9 @@
-"""float32 -> Q8_0, Q4_0 and Q4_1, with the least error a block allows.
+"""float32 -> Q8_0, Q4_0, Q4_1, IQ4_NL and NL4, with the least error a block allows.
 
-Owns the search for scales. For each block of 32 values several scales around the obvious one are tried: the values
+Owns the search for scales. For each block of values several scales around the obvious one are tried: the values
 are rounded to whole numbers q, the scale that fits these q best is Sum(w x q) / Sum(w q q) (least squares, weights w),
 and the try with the least error wins. Then the scale is rounded to float16 and the values are rounded once more, to
-what the file will hold. Knows no files.
+what the file will hold. The formats with a table of sixteen levels are codebook.py's. Knows no files.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,26 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from miniphi.checkpoint.codebook import Codebook
 from miniphi.checkpoint.formats import ByteArray, FloatArray, Format
 from miniphi.errors import CheckpointError
 
 __all__ = ["QUANTIZABLE", "QuantizationError", "quantize_rows"]
 
-QUANTIZABLE = (Format.Q8_0, Format.Q4_0, Format.Q4_1)
+QUANTIZABLE = (Format.Q8_0, Format.Q4_0, Format.Q4_1, Format.IQ4_NL, Format.NL4)
 
-_BLOCK = 32
-_CHUNK_BLOCKS = 2048  # 65,536 values: all temporaries of a chunk stay in the second-level cache
+_CHUNK_VALUES = 65_536  # all temporaries of a chunk stay in the second-level cache
 
 # The obvious scale puts the value of largest magnitude on the outermost level; the tries put it a little beside that.
-# Measured on normal, Student-t and real weights, these take 4 % (Q4_0: 5 %, Q4_1: 9 %) off the error of the obvious
-# scale; ten times as many tries would take off another 5 % of Q8_0's, 0.2 % of Q4_0's and 2 % of Q4_1's.
+# Measured on normal, Student-t and real weights, these take 4 % (Q4_1: 9 %) off the error of the obvious scale; ten
+# times as many tries would take off another 5 % of Q8_0's and 2 % of Q4_1's.
 _Q8_0_LEVELS = (127.0, 126.6, 126.2, 125.8)
-_Q4_0_LEVELS = (-8.0, -7.2, -7.6, -8.4, -8.8, 7.0, -6.8)
 _Q4_1_LEVELS = (15.0, 14.5, 15.5, 14.0, 16.0)
 
 _MAX_SCALE = float(np.finfo(np.float16).max)
 _TINY = np.float32(1e-30)  # keeps 0 / 0 out of blocks of zeros
+
+_CODEBOOKS = {fmt: Codebook(fmt) for fmt in (Format.Q4_0, Format.IQ4_NL, Format.NL4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,16 @@ class QuantizationError:
         """Relative L2 error: sqrt(Sum (x - x')^2 / Sum x^2), not weighted by importance."""
         return (self.sum_squared_error / self.sum_squared_value) ** 0.5 if self.sum_squared_value else 0.0
 
+    @classmethod
+    def between(cls, values: FloatArray, stored: FloatArray) -> "QuantizationError":
+        """Compare values with what became of them, both [rows, columns]."""
+        difference = stored - values
+        return cls(
+            sum_squared_error=_sum_of_squares(difference),
+            sum_squared_value=_sum_of_squares(values),
+            max_absolute=float(max(difference.max(), -difference.min())),
+        )
+
     def __add__(self, other: "QuantizationError") -> "QuantizationError":
         return QuantizationError(
             sum_squared_error=self.sum_squared_error + other.sum_squared_error,
@@ -57,47 +68,44 @@ class QuantizationError:
 def quantize_rows(
     values: FloatArray, fmt: Format, *, importance: FloatArray | None = None
 ) -> tuple[ByteArray, QuantizationError]:
-    """Quantise rows to Q8_0, Q4_0 or Q4_1.
+    """Quantise rows to one of the formats of QUANTIZABLE.
 
     Shapes: values [rows, columns]; importance [columns] (relative weight of a column's squared error; None: all the
     same); result uint8 [rows, row_bytes].
     Raises CheckpointError if a value is not finite or too large for a float16 scale, ValueError if the number of
-    columns is not a multiple of the block size or the format is not one of the three.
+    columns is not a multiple of the block size or the format is not one of them.
     """
     if fmt not in QUANTIZABLE:
         raise ValueError(f"expected one of {', '.join(each.name for each in QUANTIZABLE)}, found {fmt.name}")
     num_rows, num_columns = values.shape
     raw = np.empty((num_rows, fmt.row_bytes(num_columns)), dtype=np.uint8)
     blocks = raw.reshape(-1, fmt.block_bytes)
-    x = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, _BLOCK)
-    weights = None if importance is None else _block_weights(importance, num_rows, num_columns)
+    x = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, fmt.block_size)
+    weights = None if importance is None else _block_weights(importance, num_rows, num_columns, fmt)
     error = QuantizationError()
-    for start in range(0, len(x), _CHUNK_BLOCKS):
-        chunk = x[start : start + _CHUNK_BLOCKS]
-        weight = None if weights is None else weights[start : start + _CHUNK_BLOCKS]
-        error += _quantize_chunk(chunk, weight, fmt, blocks[start : start + _CHUNK_BLOCKS])
+    step = _CHUNK_VALUES // fmt.block_size
+    for start in range(0, len(x), step):
+        weight = None if weights is None else weights[start : start + step]
+        error += _quantize_chunk(x[start : start + step], weight, fmt, blocks[start : start + step])
     return raw, error
 
 
-def _block_weights(importance: FloatArray, num_rows: int, num_columns: int) -> FloatArray:
+def _block_weights(importance: FloatArray, num_rows: int, num_columns: int, fmt: Format) -> FloatArray:
     if importance.shape != (num_columns,) or not np.all(np.isfinite(importance)) or not np.all(importance > 0):
         raise CheckpointError(f"importance: expected {num_columns} positive numbers, one for each column")
-    blocks = importance.astype(np.float32).reshape(-1, _BLOCK)
-    return np.broadcast_to(blocks, (num_rows, *blocks.shape)).reshape(-1, _BLOCK)
+    blocks = importance.astype(np.float32).reshape(-1, fmt.block_size)
+    return np.broadcast_to(blocks, (num_rows, *blocks.shape)).reshape(-1, fmt.block_size)
 
 
 def _quantize_chunk(x: FloatArray, weight: FloatArray | None, fmt: Format, out: ByteArray) -> QuantizationError:
     largest = float(max(x.max(), -x.min()))
     if not largest < _MAX_SCALE:  # also true for NaN
         raise CheckpointError(f"a value is {largest}; {fmt.name} holds finite values below {_MAX_SCALE:.0f}")
-    encode = {Format.Q8_0: _encode_q8_0, Format.Q4_0: _encode_q4_0, Format.Q4_1: _encode_q4_1}[fmt]
-    difference = encode(x, weight, out)
-    difference -= x
-    return QuantizationError(
-        sum_squared_error=_sum_of_squares(difference),
-        sum_squared_value=_sum_of_squares(x),
-        max_absolute=float(max(difference.max(), -difference.min())),
-    )
+    if fmt in _CODEBOOKS:
+        stored = _encode_levels(x, weight, out, _CODEBOOKS[fmt])
+    else:
+        stored = (_encode_q8_0 if fmt is Format.Q8_0 else _encode_q4_1)(x, weight, out)
+    return QuantizationError.between(x, stored)
 
 
 def _sum_of_squares(x: FloatArray) -> float:
@@ -114,14 +122,11 @@ def _encode_q8_0(x: FloatArray, weight: FloatArray | None, out: ByteArray) -> Fl
     return q * stored.astype(np.float32)[:, None]
 
 
-def _encode_q4_0(x: FloatArray, weight: FloatArray | None, out: ByteArray) -> FloatArray:
-    low, high = x.min(axis=1), x.max(axis=1)
-    peak = np.where(-low > high, low, high)  # with its sign: eight levels on its side, seven on the other
-    scale = _best_scale(x, weight, peak, levels=_Q4_0_LEVELS, bounds=(-8, 7))
-    stored, q = _round_to_stored(x, scale, -8, 7)
-    out[:, :2] = stored.view(np.uint8).reshape(-1, 2)
-    out[:, 2:] = _pack_nibbles((q + np.float32(8)).astype(np.uint8))
-    return q * stored.astype(np.float32)[:, None]
+def _encode_levels(x: FloatArray, weight: FloatArray | None, out: ByteArray, book: Codebook) -> FloatArray:
+    scales = book.fit_scales(x, weight)
+    codes = book.encode(x, scales)
+    book.pack(codes, scales, out)
+    return book.decode(codes, scales)
 
 
 def _best_scale(

@@ -2,6 +2,9 @@
 
 Owns the file format (https://huggingface.co/docs/safetensors, "Format"): every number in a header is checked before
 it is used, and the byte buffer must be indexed completely, without overlaps or holes. Knows no model.
+
+Quantised tensors are U8 arrays [rows, bytes of a row], which any reader of the format can list. What they are stands in
+the metadata under BLOCKS_KEY, as JSON: {tensor name: {"format": name of a Format, "columns": values of a row}}.
 """
 
 import struct
@@ -15,10 +18,12 @@ from miniphi.checkpoint.stored import StoredTensor
 from miniphi.checkpoint.strict_json import parse_json_object, read_json_object
 from miniphi.errors import CheckpointError
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsFile", "open_safetensors", "open_sharded_safetensors"]
+__all__ = ["BLOCKS_KEY", "INDEX_NAME", "SINGLE_NAME", "SafetensorsFile", "open_safetensors", "open_sharded_safetensors"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+BLOCKS_KEY = "miniphi.blocks"
+"""Key of `__metadata__` that says which U8 tensors are quantised blocks."""
 
 # The reference implementation allows 100 MB. The header of a 14 B model has 0.04 MB, and parsed JSON can take twenty
 # times the memory of its text.
@@ -28,6 +33,8 @@ MAX_SHARDS = 4096
 
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {"F32": Format.F32, "F16": Format.F16, "BF16": Format.BF16}
+_BLOCK_DTYPE = "U8"
+_BLOCK_FORMATS = {fmt.name: fmt for fmt in Format if fmt.block_size > 1}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +118,10 @@ def _is_plain_file_name(name: str) -> bool:
 def _parse(file: MappedFile) -> SafetensorsFile:
     header, data_start = _read_header(file)
     metadata = _check_metadata(header.pop("__metadata__", {}), file.path)
-    entries = [_check_entry(name, value, file.path) for name, value in header.items()]
+    blocks = _read_blocks(metadata, file.path)
+    if unknown := sorted(set(blocks) - set(header)):
+        raise CheckpointError(f"{file.path}: {BLOCKS_KEY} names {quoted(unknown[0])}, which the file does not hold")
+    entries = [_check_entry(name, value, blocks.get(name), file.path) for name, value in header.items()]
     _check_layout(entries, file.size - data_start, file.path)
     tensors = {entry.name: _stored_tensor(entry, file, data_start) for entry in entries}
     return SafetensorsFile(tensors=tensors, metadata=metadata, files=(file,))
@@ -140,20 +150,60 @@ def _check_metadata(value: object, path: Path) -> dict[str, str]:
     return value
 
 
-def _check_entry(name: str, value: object, path: Path) -> _Entry:
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    format: Format
+    columns: int
+
+
+def _read_blocks(metadata: Mapping[str, str], path: Path) -> dict[str, _Blocks]:
+    """Return what the metadata says about quantised tensors, by name."""
+    where = f"{path}: {BLOCKS_KEY}"
+    listed = parse_json_object(metadata.get(BLOCKS_KEY, "{}").encode(), source=where)
+    blocks = {}
+    for name, value in listed.items():
+        if not isinstance(value, dict) or set(value) != {"format", "columns"}:
+            raise CheckpointError(
+                f"{where}: {quoted(name)}: expected exactly format and columns, found {quoted(value)}"
+            )
+        fmt = _BLOCK_FORMATS.get(value["format"]) if isinstance(value["format"], str) else None
+        if fmt is None:
+            raise CheckpointError(
+                f"{where}: {quoted(name)} has format {quoted(value['format'])}, expected one of "
+                f"{', '.join(_BLOCK_FORMATS)}"
+            )
+        if not _is_list_of_sizes([value["columns"]]) or value["columns"] % fmt.block_size:
+            raise CheckpointError(
+                f"{where}: {quoted(name)} has {quoted(value['columns'])} columns, expected a multiple of "
+                f"{fmt.block_size} for {fmt.name}"
+            )
+        blocks[name] = _Blocks(format=fmt, columns=value["columns"])
+    return blocks
+
+
+def _check_entry(name: str, value: object, blocks: _Blocks | None, path: Path) -> _Entry:
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected exactly dtype, shape and data_offsets, found {quoted(value)}")
-    dtype = value["dtype"]
-    fmt = _DTYPES.get(dtype) if isinstance(dtype, str) else None
-    if fmt is None:
-        raise CheckpointError(f"{where}: has dtype {quoted(dtype)}, expected one of {', '.join(_DTYPES)}")
-    shape, offsets = value["shape"], value["data_offsets"]
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not _is_list_of_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"{where}: has shape {quoted(shape)}, expected up to {MAX_DIMENSIONS} whole numbers")
     if not _is_list_of_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: has data_offsets {quoted(offsets)}, expected two whole numbers")
-    num_bytes = fmt.block_bytes
+    if blocks is None:
+        fmt = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+        if fmt is None:
+            raise CheckpointError(f"{where}: has dtype {quoted(dtype)}, expected one of {', '.join(_DTYPES)}")
+        num_bytes, logical_shape = fmt.block_bytes, tuple(shape)
+    else:
+        fmt = blocks.format
+        row_bytes = fmt.row_bytes(blocks.columns)
+        if dtype != _BLOCK_DTYPE or len(shape) != 2 or shape[1] != row_bytes:
+            raise CheckpointError(
+                f"{where}: is {quoted(dtype)} {quoted(shape)}, but {BLOCKS_KEY} says that it is {fmt.name} with "
+                f"{blocks.columns} columns: expected {_BLOCK_DTYPE} [rows, {row_bytes}]"
+            )
+        num_bytes, logical_shape = 1, (shape[0], blocks.columns)
     for size in shape:
         num_bytes *= size
     begin, end = offsets
@@ -161,7 +211,7 @@ def _check_entry(name: str, value: object, path: Path) -> _Entry:
         raise CheckpointError(
             f"{where}: {dtype} {quoted(shape)} takes {num_bytes} bytes, but data_offsets give it {end - begin}"
         )
-    return _Entry(name=name, format=fmt, shape=tuple(shape), begin=begin, end=end)
+    return _Entry(name=name, format=fmt, shape=logical_shape, begin=begin, end=end)
 
 
 def _is_list_of_sizes(value: object) -> bool:

@@ -17,7 +17,7 @@ from miniphi.checkpoint.stored import StoredTensor, TensorSource
 from miniphi.config import ModelConfig
 from miniphi.errors import CheckpointError
 
-__all__ = ["Tensors", "check_sources", "stream_tensor"]
+__all__ = ["Tensors", "check_columns", "check_sources", "stream_tensor"]
 
 Tensors: TypeAlias = Mapping[str, TensorSource | StoredTensor | npt.NDArray[np.floating]]
 """What the writers take, by Hugging Face name; plain arrays are stored as F32."""
@@ -39,6 +39,15 @@ def check_sources(config: ModelConfig, tensors: Tensors) -> dict[str, TensorSour
             raise CheckpointError(f"{name}: has shape {list(source.shape)}, the configuration says {list(shape)}")
         sources[name] = source
     return sources
+
+
+def check_columns(sources: Mapping[str, TensorSource]) -> None:
+    """Raise CheckpointError if a tensor's rows do not divide into blocks of its format."""
+    for name, source in sources.items():
+        try:
+            source.format.row_bytes(source.shape[-1])
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
 
 def _as_source(tensor: TensorSource | StoredTensor | npt.NDArray[np.floating]) -> TensorSource:

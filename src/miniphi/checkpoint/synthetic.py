@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from miniphi.checkpoint.formats import Format
+from miniphi.checkpoint.formats import LEVELS, Format
 from miniphi.checkpoint.gguf_writer import write_gguf
 from miniphi.checkpoint.names import expected_shapes
 from miniphi.checkpoint.quantize_model import Scheme, scheme_format
@@ -18,8 +18,8 @@ from miniphi.config import ModelConfig
 
 __all__ = ["synthetic_tensors", "write_synthetic_gguf"]
 
-# Standard deviation of q when its bytes are uniformly random: sqrt((n^2 - 1) / 12) for n levels.
-_SPREAD = {Format.Q8_0: 73.9, Format.Q4_0: 4.61}
+# Standard deviation of value / scale when the bytes of the codes are uniformly random.
+_SPREAD = {Format.Q8_0: 73.9, **{fmt: float(np.std(levels)) for fmt, levels in LEVELS.items()}}
 
 
 def write_synthetic_gguf(
@@ -49,7 +49,7 @@ def synthetic_tensors(config: ModelConfig, *, scheme: Scheme, seed: int = 0) -> 
     """
     tensors: dict[str, TensorSource] = {}
     for number, (name, shape) in enumerate(expected_shapes(config).items()):
-        fmt = scheme_format(scheme, name, len(shape))
+        fmt = scheme_format(scheme, name, len(shape), config.num_hidden_layers)
         if fmt is Format.F32:
             tensors[name] = TensorSource.from_floats(np.ones(shape, dtype=np.float32))
         else:

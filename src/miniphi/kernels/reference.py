@@ -29,7 +29,7 @@ GROUP = 32
 """Values that share one activation scale; csrc/blocks.h::kGroup."""
 
 NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-"""What the codes of IQ4_NL and NL4 stand for; csrc/blocks.h::kNonLinear."""
+"""What the codes of IQ4_NL and of a 4-bit cache's values stand for; csrc/blocks.h::kLevelsIQ4NL."""
 
 FIVE_BITS = np.arange(-16, 16, dtype=np.float32)
 

@@ -22,7 +22,7 @@ from miniphi.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from miniphi.checkpoint import Checkpoint
 
-__all__ = ["DEFAULT_MODEL", "load"]
+__all__ = ["DEFAULT_MODEL", "load", "open_tokenizer"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -97,13 +97,14 @@ def _open(path: Path) -> "tuple[Checkpoint | PackedModel, SavedModel]":
 
     checkpoint = open_checkpoint(path)
     return checkpoint, SavedModel(
-        tokenizer=_open_tokenizer(checkpoint),
+        tokenizer=open_tokenizer(checkpoint),
         chat_template=checkpoint.chat_template,
         eos_token_ids=checkpoint.generation_eos_token_ids,
     )
 
 
-def _open_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
+def open_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
+    """Return the tokenizer that comes with a checkpoint. Raises CheckpointError if none does."""
     source = checkpoint.tokenizer_source
     if source is None:
         raise CheckpointError(f"{checkpoint.path}: has no tokenizer.json; add the one of the original model")

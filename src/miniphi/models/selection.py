@@ -8,7 +8,7 @@ from miniphi.models.cache import MANIFEST_NAME
 
 __all__ = ["choose_files"]
 
-_TOKENIZER_FILES = frozenset({"tokenizer.model", "merges.txt", "vocab.txt"})
+_TOKENIZER_FILES = frozenset({"tokenizer.model", "tokenizer.gguf", "merges.txt", "vocab.txt"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
