@@ -67,8 +67,8 @@ def test_matmul(fmt: Format, isa: str) -> None:
         x = rng.standard_normal((rows, depth)).astype(np.float32)
         inputs = x.astype(np.float64)
         if kind.is_quantized:  # the rounding of activations is part of the format; see the next test for its size
-            codes, scale = reference.quantize_rows(x)
-            inputs = codes * np.repeat(scale.astype(np.float64), reference.GROUP, axis=-1)
+            codes, scale = reference.quantize_rows(x, kind.activation_group)
+            inputs = codes * np.repeat(scale.astype(np.float64), kind.activation_group, axis=-1)
         exact = inputs @ values.T.astype(np.float64)
         result = matmul([matrix], x, isa=isa)
         check(result, naive_matmul(inputs.astype(np.float32), values), exact)

@@ -15,7 +15,7 @@ from miniphi.checkpoint import Checkpoint
 from miniphi.config import ModelConfig
 from miniphi.engine.model import forward
 from miniphi.engine.rope import RopeTables
-from miniphi.engine.weights import LayerWeights, Matrices, ModelWeights
+from miniphi.engine.weights import Matrices, ModelWeights, assemble
 from miniphi.kernels import PackedMatrix, reference
 
 __all__ = ["Floats", "Visitor", "run_layers"]
@@ -38,28 +38,10 @@ def run_layers(
 
 def _named_weights(checkpoint: Checkpoint) -> ModelWeights:
     """Return the model's weights with the name of each matrix in its place: `forward` only hands them on."""
-    tensors = checkpoint.tensors
-
-    def named(prefix: str, *parts: str) -> Matrices:
-        names = [f"{prefix}{part}.weight" for part in parts]
-        return tuple(cast(PackedMatrix, name) for name in names if name in tensors)
-
-    def layer(index: int) -> LayerWeights:
-        prefix = f"model.layers.{index}."
-        return LayerWeights(
-            input_layernorm=tensors[f"{prefix}input_layernorm.weight"].to_float32(),
-            qkv_proj=named(f"{prefix}self_attn.", "qkv_proj", "q_proj", "k_proj", "v_proj"),
-            o_proj=named(f"{prefix}self_attn.", "o_proj"),
-            post_attention_layernorm=tensors[f"{prefix}post_attention_layernorm.weight"].to_float32(),
-            gate_up_proj=named(f"{prefix}mlp.", "gate_up_proj", "gate_proj", "up_proj"),
-            down_proj=named(f"{prefix}mlp.", "down_proj"),
-        )
-
-    return ModelWeights(
-        embed_tokens=named("model.", "embed_tokens")[0],
-        layers=tuple(layer(index) for index in range(checkpoint.config.num_hidden_layers)),
-        norm=tensors["model.norm.weight"].to_float32(),
-        lm_head=(),
+    return assemble(
+        checkpoint.config,
+        matrix=lambda name: cast(PackedMatrix, name),
+        vector=lambda name: checkpoint.tensors[name].to_float32(),
     )
 
 
