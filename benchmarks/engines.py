@@ -19,7 +19,13 @@ from benchmarks.llama_cpp import library_path
 from benchmarks.results import OURS
 from benchmarks.works import SMALL, Work
 from miniphi.atomic_write import atomic_folder
-from miniphi.checkpoint import open_checkpoint, quantize_checkpoint, write_synthetic_gguf
+from miniphi.checkpoint import (
+    open_checkpoint,
+    quantize_checkpoint,
+    save_safetensors,
+    synthetic_tensors,
+    write_synthetic_gguf,
+)
 from miniphi.config import ModelConfig
 from miniphi.engine.batch import KV_BLOCK_SIZE
 from miniphi.kernels import CacheType, cache_block_bytes, selected_isa
@@ -100,7 +106,7 @@ def find_engines() -> tuple[dict[str, Engine], dict[str, str]]:
         version=f"{miniphi.__version__}, {selected_isa()} kernels",
         python=sys.executable,
         runner="miniphi",
-        model_file=gguf_file,
+        model_file=nl4_folder,
     )
     engines, absent = {OURS: ours}, {}
     library = library_path()
@@ -158,6 +164,21 @@ def gguf_file(model: str, folder: Path) -> Path:
     return path
 
 
+def nl4_folder(model: str, folder: Path) -> Path:
+    """Return a folder with NL4 weights, embeddings and lm_head in Q8_0, written once; the models are `gguf_file`'s."""
+    path = folder / f"{model}.{'nl4' if model == SMALL else 'synthetic-nl4'}"
+    if path.exists():
+        return path
+    _say(f"writing {path} ...")
+    if model == SMALL:
+        with open_checkpoint(resolve(model)) as checkpoint:
+            quantize_checkpoint(checkpoint, path, scheme="nl4")
+    else:
+        config = model_config(model)
+        save_safetensors(path, config, synthetic_tensors(config, scheme="nl4"), num_threads=2)
+    return path
+
+
 def openvino_folder(model: str, folder: Path, python: str) -> Path:
     """Return a folder with random weights in a model's shape as OpenVINO's exporter leaves them, written once."""
     path = folder / f"{model}.openvino-int4"
@@ -176,7 +197,7 @@ def describe_file(engine: str, model: str) -> str:
     weights = "the shipped weights" if model == SMALL and engine != OPENVINO else f"random weights, shape of {model}"
     if engine == OPENVINO:
         return f"{weights}, int4 in symmetric groups of 128, embeddings and lm_head int8"
-    return f"{weights}, Q4_0, embeddings and lm_head Q8_0"
+    return f"{weights}, {'NL4' if engine == OURS else 'Q4_0'}, embeddings and lm_head Q8_0"
 
 
 def _llama_cpp_version(library: Path) -> str:
