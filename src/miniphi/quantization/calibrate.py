@@ -22,7 +22,7 @@ from miniphi.quantization.error_feedback import Feedback, quantize_with_feedback
 __all__ = ["NUM_WINDOWS", "WINDOW", "calibrate", "sample_windows"]
 
 WINDOW = 512
-NUM_WINDOWS = 64
+NUM_WINDOWS = 32
 _COLUMNS_PER_TASK = 512
 _SAMPLED_ROWS = 256
 
