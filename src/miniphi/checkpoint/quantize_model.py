@@ -172,18 +172,7 @@ def quantize_checkpoint(
     check_destination(source, destination, overwrite=overwrite)
     scheme = resolve_scheme(scheme, destination)
     threads = num_threads or min(os.cpu_count() or 1, _MAX_THREADS)
-    for label, names in (("importance", importance or {}), ("prepared", prepared or {})):
-        if unknown := set(names) - set(source.tensors):
-            raise CheckpointError(f"{label}: {min(unknown)!r} is not a tensor of the model")
-    jobs = {
-        key: _Job(
-            tensor,
-            scheme_format(scheme, key, len(tensor.shape), source.config.num_hidden_layers),
-            (importance or {}).get(key),
-            (prepared or {}).get(key),
-        )
-        for key, tensor in source.tensors.items()
-    }
+    jobs = _plan(source, scheme, importance or {}, prepared or {})
     total, done = source.num_bytes, 0
 
     def finish(key: str) -> None:
@@ -214,6 +203,27 @@ def quantize_checkpoint(
         target_bytes=sum(each.num_bytes for each in sources.values()),
         num_values=sum(int(np.prod(tensor.shape)) for tensor in source.tensors.values()),
     )
+
+
+def _plan(
+    source: Checkpoint,
+    scheme: Scheme,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+    prepared: Mapping[str, Prepared],
+) -> "dict[str, _Job]":
+    for label, names in (("importance", importance), ("prepared", prepared)):
+        if unknown := set(names) - set(source.tensors):
+            raise CheckpointError(f"{label}: {min(unknown)!r} is not a tensor of the model")
+    num_layers = source.config.num_hidden_layers
+    return {
+        key: _Job(
+            tensor,
+            scheme_format(scheme, key, len(tensor.shape), num_layers),
+            importance.get(key),
+            prepared.get(key),
+        )
+        for key, tensor in source.tensors.items()
+    }
 
 
 def check_destination(source: Checkpoint, destination: Path, *, overwrite: bool) -> None:
