@@ -54,6 +54,7 @@ Floats = NDArray[np.float32]
 Weights = dict[str, Floats]
 
 _Q4_K_M = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,7 @@ def q4_k_m_file(model: Checkpoint, weights_of_columns: Mapping[str, Floats] | No
     library = ctypes.CDLL(str(library_path()))
     if not hasattr(library, "llama_model_quantize"):
         return None
+    library.llama_log_set(_SILENT, None)
     library.llama_backend_init()
     library.llama_model_quantize_default_params.restype = QuantizeParams
     library.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams))
