@@ -11,6 +11,14 @@ constexpr size_t kTileRows = 48;         // query rows that share one pass over 
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
 constexpr float kMinusInfinity = -INFINITY;
 
+// The first 2 * half values of a head turned by their position's angles: y = x where nothing is left of x to read.
+void rotate(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, size_t half, float* __restrict y) {
+    for (size_t i = 0; i < half; i++) {
+        y[i] = x[i] * cos[i] - x[i + half] * sin[i];
+        y[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
+    }
+}
+
 }  // namespace
 
 Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cache, int num_threads)
@@ -64,44 +72,41 @@ void Attention::plan(const Sequences& s) {
     parts_.resize(std::max(parts_.size(), num_parts * shape_.group() * (shape_.padded_dim() + 2)));
 }
 
-void Attention::rope_and_append(const Sequences& s, size_t layer, float* qkv, int thread, int num_threads) const {
+void Attention::rope_and_append(const Sequences& s, size_t layer, const float* qkv, int thread, int num_threads) const {
     const size_t dim = shape_.head_dim, half = shape_.rotary_dim / 2;
     const size_t width = shape_.query_width() + 2 * shape_.kv_width();
-    const auto rotate = [half](float* __restrict x, const float* __restrict cos, const float* __restrict sin) {
-        for (size_t i = 0; i < half; i++) {
-            const float a = x[i], b = x[i + half];
-            x[i] = a * cos[i] - b * sin[i];
-            x[i + half] = b * cos[i] + a * sin[i];
-        }
-    };
+    std::vector<float> rotated(dim);
     // Work is cut by head, so that one token keeps every thread busy and a thread writes whole cache lines of keys.
     const size_t heads = shape_.num_kv_heads;
     for (size_t sequence = 0; sequence < s.num_sequences; sequence++) {
         const int32_t* table = s.block_tables + sequence * s.max_blocks;
         for (size_t head = heads * thread / num_threads; head < heads * (thread + 1) / num_threads; head++) {
             for (int32_t t = s.query_starts[sequence]; t < s.query_starts[sequence + 1]; t++) {
-                float *row = qkv + t * width, *key = row + shape_.query_width() + head * dim;
-                const float *cos = s.cos + t * half, *sin = s.sin + t * half;
-                for (size_t g = 0; g < shape_.group(); g++) rotate(row + (head * shape_.group() + g) * dim, cos, sin);
-                rotate(key, cos, sin);
+                const float* key = qkv + t * width + shape_.query_width() + head * dim;
+                rotate(key, s.cos + t * half, s.sin + t * half, half, rotated.data());
+                std::copy(key + 2 * half, key + dim, rotated.data() + 2 * half);
                 const size_t position = s.positions[t];
-                cache_.put(ops_, cache_.head(layer, table[position / kCacheBlock], head), position % kCacheBlock, key,
-                           key + shape_.kv_width());
+                cache_.put(ops_, cache_.head(layer, table[position / kCacheBlock], head), position % kCacheBlock,
+                           rotated.data(), key + shape_.kv_width());
             }
         }
     }
 }
 
-// Scaled queries, rotated as the keys are; as int8 too for a quantised cache.
-void Attention::load_queries(const Item& item, const float* qkv, Scratch& scratch) const {
+// Queries turned by their positions, scaled, mixed as the keys are; as int8 too for a quantised cache.
+void Attention::load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const {
     const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), groups = padded / kGroup;
+    const size_t half = shape_.rotary_dim / 2;
     const size_t width = shape_.query_width() + 2 * shape_.kv_width();
     const float scale = 1.0f / std::sqrt(float(dim));
     std::vector<int32_t> sums(padded / 16);
     for (size_t row = 0; row < item.num_tokens * group; row++) {
         const float* q = qkv + (item.token + row / group) * width + (item.kv_head * group + row % group) * dim;
         float* query = scratch.query.data() + row * padded;
-        for (size_t i = 0; i < dim; i++) query[i] = q[i] * scale;
+        const size_t token = item.token + row / group;
+        rotate(q, s.cos + token * half, s.sin + token * half, half, query);
+        std::copy(q + 2 * half, q + dim, query + 2 * half);
+        for (size_t i = 0; i < dim; i++) query[i] *= scale;
         std::fill(query + dim, query + padded, 0.0f);
         if (!cache_.is_quantized()) continue;
         if (cache_.type() == CacheType::Q4) hadamard(query, padded);
@@ -113,7 +118,7 @@ void Attention::load_queries(const Item& item, const float* qkv, Scratch& scratc
 }
 
 // scores[row][32 b ..] = query row x keys of block b
-void Attention::score(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+void Attention::score(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const {
     const size_t padded = shape_.padded_dim(), groups = padded / kGroup;
     const Kind kind = cache_.key_kind();
     const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), scratch.query_correction.data(), nullptr,
@@ -123,34 +128,36 @@ void Attention::score(uint8_t* const* heads, Span span, size_t num_rows, Scratch
         for (size_t row = 0; row < num_rows; row += limit) {
             const int rows = int(std::min(limit, num_rows - row));
             float* scores = scratch.scores.data() + row * kChunk + b * kCacheBlock;
-            if (cache_.is_quantized()) ops_.tile[int(kind)](heads[b], Prefetch{}, queries, row, rows, scores, kChunk, false);
-            else
-                ops_.panel[int(kind)](scratch.query.data() + row * padded, padded, rows, heads[b], shape_.head_dim, scores, kChunk,
-                                      false);
+            if (cache_.is_quantized()) {
+                ops_.tile[int(kind)](heads[b].keys, Prefetch{}, queries, row, rows, scores, kChunk, false);
+            } else {
+                ops_.panel[int(kind)](scratch.query.data() + row * padded, padded, rows, heads[b].keys, shape_.head_dim, scores,
+                                      kChunk, false);
+            }
         }
     }
 }
 
 // chunk[row] = sum of weights x values
-void Attention::weigh(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+void Attention::weigh(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const {
     const size_t padded = shape_.padded_dim();
     for (size_t b = span.first; b < span.last; b++) {
         for (size_t row = 0; row < num_rows; row += kMaxPanelRows) {
             const int rows = int(std::min<size_t>(kMaxPanelRows, num_rows - row));
             const float* p = scratch.scores.data() + row * kChunk + b * kCacheBlock;
             for (size_t i = 0; i < padded / 32; i++)
-                ops_.panel[int(cache_.key_kind())](p, kChunk, rows, heads[b] + cache_.value_panel(i), kCacheBlock,
+                ops_.panel[int(cache_.key_kind())](p, kChunk, rows, heads[b].values + i * cache_.value_stride(), kCacheBlock,
                                                    scratch.chunk.data() + row * padded + 32 * i, padded, b > span.first);
         }
     }
 }
 
-void Attention::weigh_quantized(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const {
+void Attention::weigh_quantized(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const {
     const size_t padded = shape_.padded_dim(), offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
     const float one = 1;
     float* scale = scratch.value_scale.data();
     for (size_t b = span.first; b < span.last; b++)   // a panel of depth 1 is a conversion of 32 halves
-        ops_.panel[int(Kind::F16)](&one, 1, 1, heads[b] + cache_.value_scales(), 1, scale + b * kCacheBlock, kCacheBlock, false);
+        ops_.panel[int(Kind::F16)](&one, 1, 1, heads[b].scales, 1, scale + b * kCacheBlock, kCacheBlock, false);
     for (size_t row = 0; row < num_rows; row++) {
         const size_t at = row * kChunk + offset;
         scratch.weight_scale[row] = ops_.quantize_weights(scratch.scores.data() + at, scale + offset, count,
@@ -159,7 +166,7 @@ void Attention::weigh_quantized(uint8_t* const* heads, Span span, size_t num_row
     const ValuesFn values = cache_.type() == CacheType::Q8 ? ops_.values_8 : ops_.values_4;
     const uint8_t* panels[kChunkBlocks];
     for (size_t i = 0; i < padded / 32; i++) {
-        for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b] + cache_.value_panel(i);
+        for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b].values + i * cache_.value_stride();
         for (size_t row = 0; row < num_rows; row += kMaxTileRows) {
             const size_t at = row * kChunk + offset;
             values(panels, span.last - span.first, {scratch.high.data() + at, scratch.low.data() + at, kChunk},
@@ -182,7 +189,7 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
     visible(0, &low, &unused);
     visible(num_rows - 1, &unused, &high);
     const Span span{low / kCacheBlock, (high + kCacheBlock - 1) / kCacheBlock};
-    uint8_t* heads[kChunkBlocks];
+    KvCache::Head heads[kChunkBlocks];
     for (size_t b = span.first; b < span.last; b++) heads[b] = cache_.head(layer, table[b], item.kv_head);
 
     score(heads, span, num_rows, scratch);
@@ -220,7 +227,7 @@ void Attention::store(float* sum, float total, float* out) const {
 void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out,
                             Scratch& scratch) {
     const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), num_rows = item.num_tokens * group;
-    load_queries(item, qkv, scratch);
+    load_queries(s, item, qkv, scratch);
     if (item.part >= 0) {
         attend_chunk(s, item, layer, item.first_chunk, scratch);
         float* part = parts_.data() + item.part * group * (padded + 2);

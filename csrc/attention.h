@@ -14,7 +14,7 @@
 
 namespace miniphi {
 
-constexpr size_t kChunkBlocks = 8;     // cache blocks in a chunk
+constexpr size_t kChunkBlocks = kExtentBlocks;
 constexpr size_t kChunk = kCacheBlock * kChunkBlocks;
 static_assert(kChunkBlocks <= kMaxPanels);
 
@@ -34,9 +34,9 @@ public:
 
     // Plan a step; called by one thread before the layers run.
     void plan(const Sequences& sequences);
-    // Rotate q and k of every token in place and write k and v into the cache. qkv: [tokens][q | k | v].
-    void rope_and_append(const Sequences& s, size_t layer, float* qkv, int thread, int num_threads) const;
-    // out[tokens][num_heads * head_dim]. attend() then, after a barrier, merge().
+    // Rotate k of every token and write it and v into the cache. qkv: [tokens][q | k | v].
+    void rope_and_append(const Sequences& s, size_t layer, const float* qkv, int thread, int num_threads) const;
+    // out[tokens][num_heads * head_dim], q being rotated as it is read. attend() then, after a barrier, merge().
     void attend(const Sequences& s, size_t layer, const float* qkv, float* out, size_t queue, int thread, WorkQueue& work);
     void merge(float* out, int thread, int num_threads) const;
 
@@ -61,11 +61,11 @@ private:
         size_t first, last;
     };
     void attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out, Scratch& scratch);
-    void load_queries(const Item& item, const float* qkv, Scratch& scratch) const;
+    void load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const;
     void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const;
-    void score(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
-    void weigh(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
-    void weigh_quantized(uint8_t* const* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void score(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void weigh(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void weigh_quantized(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
     void fold(size_t num_rows, Scratch& scratch) const;
     void store(float* sum, float total, float* out) const;
 

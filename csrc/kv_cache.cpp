@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "half.h"
 #include "pack.h"
@@ -22,6 +23,10 @@ Kind key_kind_of(CacheType type) {
 size_t value_panel_bytes_of(CacheType type) {
     constexpr size_t bits[kNumCacheTypes] = {32, 16, 8, 4};
     return 32 * kCacheBlock * bits[int(type)] / 8;
+}
+
+constexpr size_t scale_bytes_of(CacheType type) {
+    return type == CacheType::Q8 || type == CacheType::Q4 ? kCacheBlock * 2 : 0;
 }
 
 size_t key_bytes_of(const HeadShape& shape, CacheType type) {
@@ -110,38 +115,46 @@ KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
     : shape_(shape),
       type_(type),
       num_blocks_(num_blocks),
+      num_extents_((num_blocks + kExtentBlocks - 1) / kExtentBlocks),
       key_bytes_(key_bytes_of(shape, type)),
       value_panel_bytes_(value_panel_bytes_of(type)),
-      head_bytes_(head_bytes(shape, type)),
-      memory_(shape.num_layers * num_blocks * shape.num_kv_heads * head_bytes_) {}
+      memory_(shape.num_layers * num_extents_ * shape.num_kv_heads * kExtentBlocks * head_bytes(shape, type)) {}
 
 Kind KvCache::key_kind() const { return key_kind_of(type_); }
 
 size_t KvCache::head_bytes(const HeadShape& shape, CacheType type) {
-    const size_t scales = type == CacheType::Q8 || type == CacheType::Q4 ? kCacheBlock * 2 : 0;
-    return key_bytes_of(shape, type) + shape.padded_dim() / 32 * value_panel_bytes_of(type) + scales;
+    return key_bytes_of(shape, type) + shape.padded_dim() / 32 * value_panel_bytes_of(type) + scale_bytes_of(type);
 }
 
-void KvCache::put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
+KvCache::Head KvCache::head(size_t layer, size_t block, size_t kv_head) const {
+    const size_t extent = (layer * num_extents_ + block / kExtentBlocks) * shape_.num_kv_heads + kv_head, index = block % kExtentBlocks;
+    uint8_t* keys = memory_.data() + extent * kExtentBlocks * head_bytes(shape_, type_);
+    uint8_t* values = keys + kExtentBlocks * key_bytes_;
+    uint8_t* scales = values + shape_.padded_dim() / 32 * value_stride();
+    return {keys + index * key_bytes_, values + index * value_panel_bytes_, scales + index * scale_bytes_of(type_)};
+}
+
+void KvCache::put(const Ops& ops, const Head& head, size_t slot, const float* key, const float* value) const {
     if (is_quantized()) return put_quantized(ops, head, slot, key, value);
-    uint8_t* values = head + key_bytes_;
     const size_t dim = shape_.head_dim;
     // Keys go to column `slot` of their panel; values to row `slot` of each 32-wide panel.
-    const auto scatter = [&](auto* keys, auto* panels, const auto* k, const auto* v) {
+    const auto scatter = [&](const auto* k, const auto* v) {
+        auto* keys = reinterpret_cast<std::remove_cvref_t<decltype(*k)>*>(head.keys);
         for (size_t i = 0; i < dim; i++) keys[i * kCacheBlock + slot] = k[i];
-        for (size_t i = 0; i < dim; i++) panels[(i / 32 * kCacheBlock + slot) * 32 + i % 32] = v[i];
+        for (size_t i = 0; i < dim; i += 32)
+            std::memcpy(head.values + i / 32 * value_stride() + slot * 32 * sizeof *v, v + i, std::min<size_t>(32, dim - i) * sizeof *v);
     };
     if (type_ == CacheType::F32) {
-        scatter(reinterpret_cast<float*>(head), reinterpret_cast<float*>(values), key, value);
+        scatter(key, value);
     } else {
         uint16_t k[kMaxDim], v[kMaxDim];
         ops.to_f16(key, dim, k);
         ops.to_f16(value, dim, v);
-        scatter(reinterpret_cast<uint16_t*>(head), reinterpret_cast<uint16_t*>(values), k, v);
+        scatter(k, v);
     }
 }
 
-void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const {
+void KvCache::put_quantized(const Ops& ops, const Head& head, size_t slot, const float* key, const float* value) const {
     const size_t padded = shape_.padded_dim();
     const bool four = type_ == CacheType::Q4;
     const Layout layout = layout_of(key_kind());
@@ -162,7 +175,7 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
     }
     // The token is row `slot` of K's column block: in every step, 4 codes are one 32-bit word.
     for (size_t g = 0; g < padded / 32; g++) {
-        uint8_t* group = head + g * layout.group_bytes;
+        uint8_t* group = head.keys + g * layout.group_bytes;
         put_codes(layout, slot, key_code + 32 * g, group);
         put_half(group + layout.code_bytes() + 2 * slot, key_scale[g]);
     }
@@ -170,7 +183,7 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
     const size_t step = slot / 4;
     for (size_t i = 0; i < padded; i += 32) {
         const uint8_t* code = value_code + i;
-        uint8_t* to = head + value_panel(i / 32) + (four ? step / 2 : step) * 128 + slot % 4;   // dim n's byte is at 4 n
+        uint8_t* to = head.values + i / 32 * value_stride() + (four ? step / 2 : step) * 128 + slot % 4;   // dim n's byte is at 4 n
         if (!four)
             for (size_t n = 0; n < 32; n++) to[4 * n] = code[n];
         else if (step % 2)
@@ -178,7 +191,7 @@ void KvCache::put_quantized(const Ops& ops, uint8_t* head, size_t slot, const fl
         else
             for (size_t n = 0; n < 32; n++) to[4 * n] = uint8_t((to[4 * n] & 0xf0) | code[n]);
     }
-    put_half(head + value_scales() + 2 * slot, value_scale);
+    put_half(head.scales + 2 * slot, value_scale);
 }
 
 }  // namespace miniphi

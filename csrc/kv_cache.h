@@ -1,6 +1,8 @@
 // The paged key/value cache.
 //
-// [layer][block][kv head] holds 32 tokens of one head, contiguous, every part a multiple of 64 bytes:
+// A block holds 32 tokens of every head. Eight blocks with neighbouring numbers are an *extent*: [layer][extent][kv head]
+// is contiguous and holds, for its blocks side by side, K, then panel after panel of V, then V's scales. A sequence whose
+// blocks were handed out in order is read as one stream, which memory serves half as fast again as single blocks.
 //
 //   F32, F16   K as a panel [head_dim][32 tokens], V as panels [head_dim / 32][32 tokens][32 dims]
 //   Q8, Q4     K as a column block of blocks.h whose 32 rows are the tokens: Q8_0 or Q5_0, one scale per token and 32 dims;
@@ -16,6 +18,7 @@
 namespace miniphi {
 
 constexpr size_t kCacheBlock = 32;     // tokens; kernels/__init__.py::KV_BLOCK_SIZE
+constexpr size_t kExtentBlocks = 8;
 
 enum class CacheType : int { F32, F16, Q8, Q4 };
 constexpr int kNumCacheTypes = 4;
@@ -41,23 +44,23 @@ public:
     CacheType type() const { return type_; }
     bool is_quantized() const { return type_ == CacheType::Q8 || type_ == CacheType::Q4; }
     size_t num_blocks() const { return num_blocks_; }
-    uint8_t* head(size_t layer, size_t block, size_t kv_head) const {
-        return memory_.data() + ((layer * num_blocks_ + block) * shape_.num_kv_heads + kv_head) * head_bytes_;
-    }
-    // Where panel `index` of V starts in a head, and for the quantised types V's scales.
-    size_t value_panel(size_t index) const { return key_bytes_ + index * value_panel_bytes_; }
-    size_t value_scales() const { return value_panel(shape_.padded_dim() / 32); }
+    // One kv head of one block. Every part is a multiple of 64 bytes.
+    struct Head {
+        uint8_t *keys = nullptr, *values = nullptr, *scales = nullptr;   // scales: of V, in the quantised types
+    };
+    Head head(size_t layer, size_t block, size_t kv_head) const;
+    size_t value_stride() const { return kExtentBlocks * value_panel_bytes_; }   // from one panel of a head's V to the next
     Kind key_kind() const;   // the format of K: what its tile or panel kernel is called
 
     // Write the key and value of one token, head_dim floats each.
-    void put(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const;
+    void put(const Ops& ops, const Head& head, size_t slot, const float* key, const float* value) const;
 
 private:
-    void put_quantized(const Ops& ops, uint8_t* head, size_t slot, const float* key, const float* value) const;
+    void put_quantized(const Ops& ops, const Head& head, size_t slot, const float* key, const float* value) const;
 
     const HeadShape shape_;
     const CacheType type_;
-    const size_t num_blocks_, key_bytes_, value_panel_bytes_, head_bytes_;
+    const size_t num_blocks_, num_extents_, key_bytes_, value_panel_bytes_;
     Memory memory_;
 };
 

@@ -73,7 +73,8 @@ class KVCache:
             raise CapacityError(
                 f"{count} cache blocks were asked for and {self.num_available} of {self.num_blocks} are available"
             )
-        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        # In ascending order: attention reads blocks with neighbouring numbers as one stream (csrc/kv_cache.h).
+        blocks = sorted(self._free.pop() if self._free else self._evict() for _ in range(count))
         for block in blocks:
             self._num_holders[block] = 1
         return blocks
