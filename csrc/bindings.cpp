@@ -132,7 +132,7 @@ nb::object matmul(const std::vector<const PackedMatrix*>& matrices, ConstArray<f
     WorkQueue work(1, num_threads);
     Matmul engine(ops, 2 * x.shape(0), x.shape(1));
     for (const PackedMatrix* matrix : matrices) engine.prepare(*matrix);
-    const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false, fine};
+    const Matmul::Call call{matrices, x.data(), x.shape(0), x.shape(1), y, width, false, fine, false};
     pool.run([&](int thread) {
         engine.quantize(call, thread, num_threads);
         pool.barrier().wait();

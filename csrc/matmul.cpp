@@ -192,19 +192,50 @@ static uint32_t prefetch_lines(size_t num_tiles, size_t tile) {
     return lines;
 }
 
-void Matmul::multiply_tiles(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const {
+// How many rows of the activations pass over a strip at a time.
+size_t Matmul::panel_rows(size_t depth) const {
+    return std::max<size_t>(kMaxTileRows, kPanelBytes / depth / kMaxTileRows * kMaxTileRows);
+}
+
+// Rows [start, start + count) of the activations times one block; y is where their sums go.
+void Matmul::multiply_panel(const Call& call, const PackedMatrix& matrix, size_t block, size_t start, size_t count, float* y,
+                            size_t y_stride) const {
     const QuantRows a = rows_for(matrix);
-    const size_t panel = std::max<size_t>(kMaxTileRows, kPanelBytes / matrix.depth / kMaxTileRows * kMaxTileRows);
+    const uint8_t *weights = matrix.block(block), *next = weights + block_bytes(matrix.kind, matrix.depth);
+    const size_t num_tiles = (count + kMaxTileRows - 1) / kMaxTileRows;
+    for (size_t tile = 0; tile < num_tiles; tile++) {
+        const size_t row = count * tile / num_tiles, rows = count * (tile + 1) / num_tiles - row;
+        const Prefetch prefetch{next, start == 0 && call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
+        ops_.tile[int(matrix.kind)](weights, prefetch, a, start + row, int(rows), y + row * y_stride, y_stride, call.add);
+    }
+}
+
+bool Matmul::can_gate(const std::vector<const PackedMatrix*>& matrices) {
+    size_t rows = 0;
+    for (const PackedMatrix* matrix : matrices) {
+        if (!is_quantized(matrix->kind) || matrix->rows % kBlockColumns) return false;
+        rows += matrix->rows;
+    }
+    return rows % (2 * kBlockColumns) == 0;
+}
+
+// Block `block` of the half as wide result: the product's block of the same number is the gate, `up` the other factor.
+void Matmul::multiply_gated(const Call& call, size_t block, size_t up, std::vector<float>& scratch) const {
+    const size_t panel = std::min(panel_rows(call.matrices[0]->depth), call.num_rows);
+    scratch.resize(2 * panel * kBlockColumns);   // gate, then up
     for (size_t start = 0; start < call.num_rows; start += panel) {
-        const size_t count = std::min(panel, call.num_rows - start), num_tiles = (count + kMaxTileRows - 1) / kMaxTileRows;
-        for (size_t block = first; block < last; block++) {
-            const uint8_t *weights = matrix.block(block), *next = weights + block_bytes(matrix.kind, matrix.depth);
-            for (size_t tile = 0; tile < num_tiles; tile++) {
-                const size_t row = start + count * tile / num_tiles, rows = start + count * (tile + 1) / num_tiles - row;
-                const Prefetch prefetch{next, start == 0 && call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
-                ops_.tile[int(matrix.kind)](weights, prefetch, a, row, int(rows),
-                                            y + row * call.y_stride + block * kBlockColumns, call.y_stride, call.add);
-            }
+        const size_t count = std::min(panel, call.num_rows - start);
+        float* y = scratch.data();
+        for (size_t index : {block, up}) {
+            const auto* matrix = call.matrices.data();
+            for (; index >= (*matrix)->num_blocks(); matrix++) index -= (*matrix)->num_blocks();
+            multiply_panel(call, **matrix, index, start, count, y, kBlockColumns);
+            y += panel * kBlockColumns;
+        }
+        for (size_t i = 0; i < count; i++) {
+            const float* gate = scratch.data() + i * kBlockColumns;
+            ops_.silu_mul(gate, gate + panel * kBlockColumns, kBlockColumns,
+                          call.y + (start + i) * call.y_stride + block * kBlockColumns);
         }
     }
 }
@@ -238,7 +269,11 @@ void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t
     const size_t first = strip * kStripBlocks, last = std::min(first + kStripBlocks, matrix.num_blocks());
     const size_t whole = call.fine ? first : std::min(last, matrix.rows / kBlockColumns);   // the blocks that need no edge
     if (is_quantized(matrix.kind)) {
-        if (first < whole) multiply_tiles(call, matrix, first, whole, y);
+        const size_t panel = panel_rows(matrix.depth);
+        for (size_t start = 0; start < call.num_rows; start += panel)
+            for (size_t block = first; block < whole; block++)
+                multiply_panel(call, matrix, block, start, std::min(panel, call.num_rows - start),
+                               y + start * call.y_stride + block * kBlockColumns, call.y_stride);
     } else {
         for (size_t block = first; block < whole; block++)
             for (size_t row = 0; row < call.num_rows; row += kMaxPanelRows)
@@ -253,9 +288,14 @@ void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
     const auto num_strips = [](const PackedMatrix& matrix) { return (matrix.num_blocks() + kStripBlocks - 1) / kStripBlocks; };
-    size_t total = 0;
+    size_t item, total = 0;
+    if (call.gated) {
+        std::vector<float> scratch;
+        for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
+        while (work.take(queue, thread, total / 2, &item)) multiply_gated(call, item, total / 2 + item, scratch);
+        return;
+    }
     for (const PackedMatrix* matrix : call.matrices) total += num_strips(*matrix);
-    size_t item;
     while (work.take(queue, thread, total, &item)) {
         float* y = call.y;
         for (const PackedMatrix* matrix : call.matrices) {

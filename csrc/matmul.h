@@ -78,8 +78,11 @@ public:
         size_t num_rows, x_stride;
         float* y;
         size_t y_stride;
-        bool add, fine;
+        bool add, fine, gated;
     };
+    // Whether a product of these can be gated: the left half of its columns through SiLU times the right half, while both
+    // are in the caches. y is half as wide then.
+    static bool can_gate(const std::vector<const PackedMatrix*>& matrices);
     void quantize(const Call& call, int thread, int num_threads);
     void multiply(const Call& call, size_t queue, int thread, WorkQueue& work);
 
@@ -96,7 +99,10 @@ private:
     QuantRows rows_for(const PackedMatrix& matrix) const;
     void quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const;
     void quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const;
-    void multiply_tiles(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const;
+    size_t panel_rows(size_t depth) const;
+    void multiply_panel(const Call& call, const PackedMatrix& matrix, size_t block, size_t start, size_t count, float* y,
+                        size_t y_stride) const;
+    void multiply_gated(const Call& call, size_t block, size_t up, std::vector<float>& scratch) const;
     void multiply_edge(const Call& call, const PackedMatrix& matrix, const uint8_t* block, size_t columns, float* y) const;
     void multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const;
 

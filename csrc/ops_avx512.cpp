@@ -410,24 +410,38 @@ void blend(float alpha, float* x, float beta, const float* y, size_t n) {
         _mm512_storeu_ps(x + i, _mm512_fmadd_ps(b, _mm512_loadu_ps(y + i), _mm512_mul_ps(a, _mm512_loadu_ps(x + i))));
 }
 
-void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+// With kAll every score is inside.
+template <bool kAll>
+INLINE void softmax_scores(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i first = _mm512_set1_epi32(int(low)), last = _mm512_set1_epi32(int(high));
     const auto inside = [&](size_t i) __attribute__((always_inline)) {
+        if constexpr (kAll) return __mmask16(0xffff);
         const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int(i)), lane);
         return _mm512_kand(_mm512_cmpge_epi32_mask(index, first), _mm512_cmplt_epi32_mask(index, last));
     };
-    __m512 top = _mm512_set1_ps(-__builtin_inff());
-    for (size_t i = 0; i < n; i += 16) top = _mm512_mask_max_ps(top, inside(i), top, _mm512_loadu_ps(s + i));
-    *max = _mm512_reduce_max_ps(top);
+    __m512 top[2];   // scores come in multiples of 32
+    top[0] = top[1] = _mm512_set1_ps(-__builtin_inff());
+    for (size_t i = 0; i < n; i += 32)
+        UNROLL for (int h = 0; h < 2; h++)
+            top[h] = _mm512_mask_max_ps(top[h], inside(i + 16 * h), top[h], _mm512_loadu_ps(s + i + 16 * h));
+    *max = _mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1]));
     const __m512 shift = _mm512_set1_ps(*max);
     __m512 total = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 p = _mm512_maskz_mov_ps(inside(i), exponential(_mm512_sub_ps(_mm512_loadu_ps(s + i), shift)));
-        total = _mm512_add_ps(total, p);
-        _mm512_storeu_ps(s + i, p);
+    for (size_t i = 0; i < n; i += 32) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            float* at = s + i + 16 * h;
+            const __m512 p = _mm512_maskz_mov_ps(inside(i + 16 * h), exponential(_mm512_sub_ps(_mm512_loadu_ps(at), shift)));
+            total = _mm512_add_ps(total, p);
+            _mm512_storeu_ps(at, p);
+        }
     }
     *sum = _mm512_reduce_add_ps(total);
+}
+
+void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+    if (low == 0 && high == n) softmax_scores<true>(s, n, low, high, max, sum);
+    else softmax_scores<false>(s, n, low, high, max, sum);
 }
 
 uint64_t spin_int8(uint64_t iterations) {

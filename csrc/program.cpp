@@ -71,6 +71,12 @@ void Program::attention(int qkv, int to, size_t layer) {
 }
 
 void Program::silu_mul(int gate_up, int to) {
+    Op& last = ops_list_.back();
+    if (last.code == Code::Matmul && last.to == gate_up && !last.add && Matmul::can_gate(last.matrices)) {
+        last.to = to;
+        last.gated = true;
+        return;
+    }
     ops_list_.push_back({.code = Code::SiluMul, .from = gate_up, .to = to});
 }
 
@@ -83,7 +89,7 @@ void Program::run_matmul(const Op& op, size_t index, const Batch& batch, int thr
     const size_t rows = from.of_logit_rows ? batch.num_logit_rows : batch.sequences.num_tokens;
     const bool to_logits = op.to == kLogits;
     const Matmul::Call call{op.matrices, data(op.from), rows, from.width, to_logits ? batch.logits : data(op.to),
-                            to_logits ? logits_width_ : buffers_[op.to].width, op.add, to_logits};
+                            to_logits ? logits_width_ : buffers_[op.to].width, op.add, to_logits, op.gated};
     matmul_->quantize(call, thread, pool_.size());
     pool_.barrier().wait();
     matmul_->multiply(call, index, thread, *work_);

@@ -24,7 +24,7 @@ public:
     void matmul(int from, int to, std::vector<const PackedMatrix*> matrices, bool add);
     void rope_and_append(int qkv, size_t layer);
     void attention(int qkv, int to, size_t layer);
-    void silu_mul(int gate_up, int to);
+    void silu_mul(int gate_up, int to);   // joined with the product before it where kernels allow: gate_up stays unwritten then
     void take_logit_rows(int from, int to);
     void matmul_to_logits(int from, std::vector<const PackedMatrix*> matrices);
 
@@ -55,7 +55,7 @@ private:
         Code code;
         int from, to;   // to = kLogits: the caller's array
         size_t layer = 0;
-        bool add = false;
+        bool add = false, gated = false;
         float eps = 0;
         std::vector<float> weight;
         std::vector<const PackedMatrix*> matrices;
