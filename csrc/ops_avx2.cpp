@@ -1,9 +1,10 @@
 // AVX2 with FMA and F16C (Haswell and later).
 //
-// tile      as in ops_avx512.cpp, one half of a block (16 columns) and up to three rows at a time: sixteen registers
-//           hold no more. VPMADDUBSW multiplies u8 codes with s8 activations into saturating 16-bit pairs; codes of
-//           4, 5, 6 bits may add 8, 4, 2 of them before 16 bits overflow (15 * 127 * 2 * 8 = 30480). Codes of 8 bits
-//           and non-linear ones are signed and their sign moves to the activations: 128 * 127 * 2 = 32512 still fits.
+// tile      as in ops_avx512.cpp, 16 columns and up to three rows at a time, or 8 columns and up to six rows where codes
+//           cost more to unpack: sixteen registers hold no more. VPMADDUBSW multiplies u8 codes with s8 activations into
+//           saturating 16-bit pairs; codes of 4, 5, 6 bits may add 8, 4, 2 of them before 16 bits overflow
+//           (15 * 127 * 2 * 8 = 30480). Codes of 8 bits and non-linear ones are signed and their sign moves to the
+//           activations: 128 * 127 * 2 = 32512 still fits.
 #include <immintrin.h>
 
 #include "ops.h"
@@ -49,62 +50,68 @@ INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
     }
 }
 
-template <Kind kKind, int kRows, int kFirst, int kCount>
-INLINE void multiply_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*pairs)[2]) {
+template <Kind kKind, int kRows, int kVectors, int kFirst, int kCount>
+INLINE void multiply_steps(const uint8_t* w, int half, int lane, const int8_t* const* q, size_t k, __m256i (*pairs)[kVectors]) {
     if constexpr (kCount > 0) {
-        const __m256i c[2] = {codes_of<kKind, kFirst>(w, half, 0), codes_of<kKind, kFirst>(w, half, 32)};
+        __m256i c[kVectors];
+        UNROLL for (int v = 0; v < kVectors; v++) c[v] = codes_of<kKind, kFirst>(w, half, lane + 32 * v);
         UNROLL for (int m = 0; m < kRows; m++) {
             int32_t four;
             __builtin_memcpy(&four, q[m] + k + 4 * kFirst, 4);
             const __m256i a = _mm256_set1_epi32(four);
-            UNROLL for (int v = 0; v < 2; v++) {
+            UNROLL for (int v = 0; v < kVectors; v++) {
                 __m256i product;
                 if constexpr (is_signed(kKind)) product = _mm256_maddubs_epi16(_mm256_abs_epi8(c[v]), _mm256_sign_epi8(a, c[v]));
                 else product = _mm256_maddubs_epi16(c[v], a);
                 pairs[m][v] = _mm256_add_epi16(pairs[m][v], product);
             }
         }
-        multiply_steps<kKind, kRows, kFirst + 1, kCount - 1>(w, half, q, k, pairs);
+        multiply_steps<kKind, kRows, kVectors, kFirst + 1, kCount - 1>(w, half, lane, q, k, pairs);
     }
 }
 
 // dot += products of steps [kFirst, kLast), widened to 32 bits as often as the code width demands.
-template <Kind kKind, int kRows, int kFirst, int kLast>
-INLINE void dot_steps(const uint8_t* w, int half, const int8_t* const* q, size_t k, __m256i (*dot)[2]) {
+template <Kind kKind, int kRows, int kVectors, int kFirst, int kLast>
+INLINE void dot_steps(const uint8_t* w, int half, int lane, const int8_t* const* q, size_t k, __m256i (*dot)[kVectors]) {
     if constexpr (kFirst < kLast) {
         constexpr int kBits = layout_of(kKind).bits;
         constexpr int safe = is_signed(kKind) ? 1 : kBits == 4 ? 8 : kBits == 5 ? 4 : 2;
         constexpr int count = safe < kLast - kFirst ? safe : kLast - kFirst;
-        __m256i pairs[kRows][2];
-        UNROLL for (int m = 0; m < kRows; m++) pairs[m][0] = pairs[m][1] = _mm256_setzero_si256();
-        multiply_steps<kKind, kRows, kFirst, count>(w, half, q, k, pairs);
+        __m256i pairs[kRows][kVectors];
+        UNROLL for (int m = 0; m < kRows; m++) UNROLL for (int v = 0; v < kVectors; v++) pairs[m][v] = _mm256_setzero_si256();
+        multiply_steps<kKind, kRows, kVectors, kFirst, count>(w, half, lane, q, k, pairs);
         UNROLL for (int m = 0; m < kRows; m++) {
-            UNROLL for (int v = 0; v < 2; v++)
+            UNROLL for (int v = 0; v < kVectors; v++) {
                 dot[m][v] = _mm256_add_epi32(dot[m][v], _mm256_madd_epi16(pairs[m][v], _mm256_set1_epi16(1)));
+                asm("" : "+x"(dot[m][v]));   // else the compiler keeps all products, in memory, and adds them as a tree
+            }
         }
-        dot_steps<kKind, kRows, kFirst + count, kLast>(w, half, q, k, dot);
+        dot_steps<kKind, kRows, kVectors, kFirst + count, kLast>(w, half, lane, q, k, dot);
     }
 }
 
-template <Kind kKind, int kRows>
-INLINE void tile_half(const uint8_t* w, Prefetch prefetch, int half, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+// Columns [first, first + 8 kVectors) of a tile.
+template <Kind kKind, int kRows, int kVectors>
+INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
+    const int half = first / 16, lane = first % 16 * 4;
     constexpr Layout layout = layout_of(kKind);
     constexpr bool has_zero = layout.zero != 0 && !is_signed(kKind);
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
     const int8_t* q[kRows];
     const float *scale[kRows], *scaled_sum[kRows];
     const int32_t* correction[kRows];
-    __m256 sum[kRows][2];
+    __m256 sum[kRows][kVectors];
     UNROLL for (int m = 0; m < kRows; m++) {
         q[m] = a.q + (row + m) * a.q_stride;
         scale[m] = a.scale + (row + m) * a.scale_stride;
         scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         correction[m] = a.correction + (row + m) * a.correction_stride;
-        UNROLL for (int v = 0; v < 2; v++)
-            sum[m][v] = add ? _mm256_loadu_ps(y + m * y_stride + 16 * half + 8 * v) : _mm256_setzero_ps();
+        UNROLL for (int v = 0; v < kVectors; v++)
+            sum[m][v] = add ? _mm256_loadu_ps(y + m * y_stride + first + 8 * v) : _mm256_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
+        asm("" : "+r"(prefetch.lines));   // else every bit is kept apart, in memory
         for (size_t i = 0; i < layout.group_bytes / 64; i++)
             if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
         prefetch.next += layout.group_bytes;
@@ -116,17 +123,18 @@ INLINE void tile_half(const uint8_t* w, Prefetch prefetch, int half, const Quant
         }
         const uint8_t* scales = w + layout.code_bytes();
         UNROLL for (int part = 0; part < parts; part++) {
-            __m256i dot[kRows][2];
+            __m256i dot[kRows][kVectors];
             UNROLL for (int m = 0; m < kRows; m++)
-                dot[m][0] = dot[m][1] = has_zero ? _mm256_set1_epi32(correction[m][g * parts + part]) : _mm256_setzero_si256();
+                UNROLL for (int v = 0; v < kVectors; v++)
+                    dot[m][v] = has_zero ? _mm256_set1_epi32(correction[m][g * parts + part]) : _mm256_setzero_si256();
             if constexpr (parts == 1) {
-                dot_steps<kKind, kRows, 0, layout.steps()>(w, half, q, g * layout.group, dot);
+                dot_steps<kKind, kRows, kVectors, 0, layout.steps()>(w, half, lane, q, g * layout.group, dot);
             } else {
-                if (part == 0) dot_steps<kKind, kRows, 0, 4>(w, half, q, g * kGroup, dot);
-                else dot_steps<kKind, kRows, 4, 8>(w, half, q, g * kGroup, dot);
+                if (part == 0) dot_steps<kKind, kRows, kVectors, 0, 4>(w, half, lane, q, g * kGroup, dot);
+                else dot_steps<kKind, kRows, kVectors, 4, 8>(w, half, lane, q, g * kGroup, dot);
             }
-            UNROLL for (int v = 0; v < 2; v++) {
-                const int n = 16 * half + 8 * v;
+            UNROLL for (int v = 0; v < kVectors; v++) {
+                const int n = first + 8 * v;
                 __m256 d;
                 if constexpr (layout.scale == Scale::Super) d = _mm256_mul_ps(load_half(super + 2 * n), small_unsigned(scales + n));
                 else if constexpr (layout.scale == Scale::SuperHalf)
@@ -137,8 +145,8 @@ INLINE void tile_half(const uint8_t* w, Prefetch prefetch, int half, const Quant
             }
         }
         if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
-            UNROLL for (int v = 0; v < 2; v++) {
-                const int n = 16 * half + 8 * v;
+            UNROLL for (int v = 0; v < kVectors; v++) {
+                const int n = first + 8 * v;
                 __m256 minimum;
                 if constexpr (layout.scale == Scale::Minimum) minimum = load_half(scales + 64 + 2 * n);
                 else minimum = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_mul_ps(load_half(super + 64 + 2 * n), small_unsigned(scales + 32 + n)));
@@ -149,23 +157,34 @@ INLINE void tile_half(const uint8_t* w, Prefetch prefetch, int half, const Quant
         w += layout.group_bytes;
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < 2; v++) _mm256_storeu_ps(y + m * y_stride + 16 * half + 8 * v, sum[m][v]);
+        UNROLL for (int v = 0; v < kVectors; v++) _mm256_storeu_ps(y + m * y_stride + first + 8 * v, sum[m][v]);
     }
 }
 
 template <Kind kKind, int kRows>
 void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
-    for (int half = 0; half < 2; half++, prefetch.lines = 0) tile_half<kKind, kRows>(w, prefetch, half, a, row, y, y_stride, add);
+    constexpr int kVectors = kRows > 3 ? 1 : 2;
+    for (int first = 0; first < 32; first += 8 * kVectors, prefetch.lines = 0)
+        tile_part<kKind, kRows, kVectors>(w, prefetch, first, a, row, y, y_stride, add);
 }
 
 template <Kind kKind>
 void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
           bool add) {
+    constexpr int kMost = is_signed(kKind) ? kMaxTileRows : 3;
     while (num_rows > 0) {
-        const int rows = num_rows >= 5 || num_rows == 3 ? 3 : num_rows >= 2 ? 2 : 1;
-        if (rows == 3) tile_rows<kKind, 3>(block, prefetch, a, row, y, y_stride, add);
-        else if (rows == 2) tile_rows<kKind, 2>(block, prefetch, a, row, y, y_stride, add);
-        else tile_rows<kKind, 1>(block, prefetch, a, row, y, y_stride, add);
+        const int rows = num_rows > kMost ? (num_rows + 1) / 2 : num_rows;
+        switch (rows) {
+            case 1: tile_rows<kKind, 1>(block, prefetch, a, row, y, y_stride, add); break;
+            case 2: tile_rows<kKind, 2>(block, prefetch, a, row, y, y_stride, add); break;
+            case 3: tile_rows<kKind, 3>(block, prefetch, a, row, y, y_stride, add); break;
+            default:
+                if constexpr (kMost > 3) {
+                    if (rows == 4) tile_rows<kKind, 4>(block, prefetch, a, row, y, y_stride, add);
+                    else if (rows == 5) tile_rows<kKind, 5>(block, prefetch, a, row, y, y_stride, add);
+                    else tile_rows<kKind, 6>(block, prefetch, a, row, y, y_stride, add);
+                }
+        }
         row += rows;
         y += rows * y_stride;
         num_rows -= rows;
