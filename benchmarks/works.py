@@ -46,7 +46,14 @@ class Work:
 
 WORKS = (
     Work(name="prefill-512", label="prefill, 512 tokens", kind="prefill", num_tokens=512, is_quick=True),
-    Work(name="prefill-4096", label="prefill, 4,096 tokens", kind="prefill", num_tokens=4096, models=(LARGE,)),
+    Work(
+        name="prefill-4096",
+        label="prefill, 4,096 tokens, int8 cache",
+        kind="prefill",
+        num_tokens=4096,
+        cache="int8",
+        models=(LARGE,),
+    ),
     Work(name="decode", label="decode, depth 16", kind="decode", num_tokens=64, depth=16, is_quick=True),
     Work(
         name="decode-4096",

@@ -9,6 +9,8 @@ namespace {
 
 constexpr size_t kTileRows = 48;         // query rows that share one pass over the keys: 48 x 256 scores are 48 KiB
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
+constexpr size_t kItemsPerThread = 8;    // that a split context is cut into, at least, in runs of at most so many chunks:
+constexpr size_t kLongestRun = 8;        // a run prepares its query once
 constexpr float kMinusInfinity = -INFINITY;
 
 // The first 2 * half values of a head turned by their position's angles: y = x where nothing is left of x to read.
@@ -63,9 +65,15 @@ void Attention::plan(const Sequences& s) {
                     items_.push_back(item);
                     continue;
                 }
-                merges_.push_back({token, kv_head, num_parts, item.last_chunk - item.first_chunk});
-                for (size_t chunk = item.first_chunk; chunk < item.last_chunk; chunk++)
-                    items_.push_back({sequence, kv_head, token, 1, chunk, chunk + 1, ptrdiff_t(num_parts++)});
+                const size_t num_chunks = item.last_chunk - item.first_chunk;
+                merges_.push_back({token, kv_head, num_parts, num_chunks});
+                const size_t run =
+                    std::clamp<size_t>(num_chunks * shape_.num_kv_heads / (kItemsPerThread * scratch_.size()), 1, kLongestRun);
+                for (size_t chunk = item.first_chunk; chunk < item.last_chunk; chunk += run) {
+                    const size_t end = std::min(chunk + run, item.last_chunk);
+                    items_.push_back({sequence, kv_head, token, 1, chunk, end, ptrdiff_t(num_parts)});
+                    num_parts += end - chunk;
+                }
             }
         }
     }
@@ -124,12 +132,14 @@ void Attention::score(const KvCache::Head* heads, Span span, size_t num_rows, Sc
     const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), scratch.query_correction.data(), nullptr,
                             padded, groups, groups, groups};
     const size_t limit = cache_.is_quantized() ? kMaxTileRows : kMaxPanelRows;
-    for (size_t b = span.first; b < span.last; b++) {
+    // Meanwhile the values come to the level-two cache, as many lines of them as the keys have.
+    const uint8_t* values = heads[span.first].values;
+    for (size_t b = span.first; b < span.last; b++, values += block_bytes(kind, padded)) {
         for (size_t row = 0; row < num_rows; row += limit) {
             const int rows = int(std::min(limit, num_rows - row));
             float* scores = scratch.scores.data() + row * kChunk + b * kCacheBlock;
             if (cache_.is_quantized()) {
-                ops_.tile[int(kind)](heads[b].keys, Prefetch{}, queries, row, rows, scores, kChunk, false);
+                ops_.tile[int(kind)](heads[b].keys, Prefetch{values, row == 0 ? ~0u : 0}, queries, row, rows, scores, kChunk, false);
             } else {
                 ops_.panel[int(kind)](scratch.query.data() + row * padded, padded, rows, heads[b].keys, shape_.head_dim, scores,
                                       kChunk, false);
@@ -152,7 +162,9 @@ void Attention::weigh(const KvCache::Head* heads, Span span, size_t num_rows, Sc
     }
 }
 
-void Attention::weigh_quantized(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const {
+// next: the keys that most likely come after these values, or null.
+void Attention::weigh_quantized(const KvCache::Head* heads, const uint8_t* next, Span span, size_t num_rows,
+                                Scratch& scratch) const {
     const size_t padded = shape_.padded_dim(), offset = span.first * kCacheBlock, count = (span.last - span.first) * kCacheBlock;
     const float one = 1;
     float* scale = scratch.value_scale.data();
@@ -169,10 +181,11 @@ void Attention::weigh_quantized(const KvCache::Head* heads, Span span, size_t nu
         for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b].values + i * cache_.value_stride();
         for (size_t row = 0; row < num_rows; row += kMaxTileRows) {
             const size_t at = row * kChunk + offset;
-            values(panels, span.last - span.first, {scratch.high.data() + at, scratch.low.data() + at, kChunk},
-                   int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + row,
+            values(panels, span.last - span.first, row == 0 ? next : nullptr,
+                   {scratch.high.data() + at, scratch.low.data() + at, kChunk}, int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + row,
                    scratch.chunk.data() + row * padded + 32 * i, padded);
         }
+        if (next) next += (span.last - span.first) * layout_of(cache_.key_kind()).group_bytes;
     }
 }
 
@@ -201,7 +214,8 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
         ops_.softmax(scratch.scores.data() + row * kChunk + offset, count, low - offset, high - offset,
                      &scratch.chunk_max[row], &scratch.chunk_sum[row]);
     }
-    if (cache_.is_quantized()) weigh_quantized(heads, span, num_rows, scratch);
+    const uint8_t* next = chunk + 1 < item.last_chunk ? cache_.head(layer, table[kChunkBlocks], item.kv_head).keys : nullptr;
+    if (cache_.is_quantized()) weigh_quantized(heads, next, span, num_rows, scratch);
     else weigh(heads, span, num_rows, scratch);
 }
 
@@ -229,12 +243,14 @@ void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, 
     const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), num_rows = item.num_tokens * group;
     load_queries(s, item, qkv, scratch);
     if (item.part >= 0) {
-        attend_chunk(s, item, layer, item.first_chunk, scratch);
         float* part = parts_.data() + item.part * group * (padded + 2);
-        for (size_t row = 0; row < num_rows; row++, part += padded + 2) {
-            std::memcpy(part, scratch.chunk.data() + row * padded, padded * sizeof(float));
-            part[padded] = scratch.chunk_max[row];
-            part[padded + 1] = scratch.chunk_sum[row];
+        for (size_t chunk = item.first_chunk; chunk < item.last_chunk; chunk++) {
+            attend_chunk(s, item, layer, chunk, scratch);
+            for (size_t row = 0; row < num_rows; row++, part += padded + 2) {
+                std::memcpy(part, scratch.chunk.data() + row * padded, padded * sizeof(float));
+                part[padded] = scratch.chunk_max[row];
+                part[padded + 1] = scratch.chunk_sum[row];
+            }
         }
         return;
     }

@@ -43,7 +43,7 @@ public:
 private:
     struct Item {   // a tile of query tokens of one sequence and one kv head, over chunks [first_chunk, last_chunk)
         size_t sequence, kv_head, token, num_tokens, first_chunk, last_chunk;
-        ptrdiff_t part;   // where a split item leaves its chunk for merge(); -1: writes the output itself
+        ptrdiff_t part;   // where a split item leaves its first chunk for merge(); -1: writes the output itself
     };
     struct Merge {   // one split token of one kv head
         size_t token, kv_head, first_part, num_parts;
@@ -65,7 +65,7 @@ private:
     void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const;
     void score(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
     void weigh(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
-    void weigh_quantized(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
+    void weigh_quantized(const KvCache::Head* heads, const uint8_t* next, Span span, size_t num_rows, Scratch& scratch) const;
     void fold(size_t num_rows, Scratch& scratch) const;
     void store(float* sum, float total, float* out) const;
 

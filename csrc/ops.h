@@ -22,14 +22,15 @@ using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const vo
 
 // Attention's p V over a quantised cache, one panel of 32 dims: c[i][0..32) = scale[i] sum over blocks b and tokens t of
 // (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxTileRows. panels[b] is the panel of block b
-// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127.
+// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127. Meanwhile as many bytes from
+// `next` on as that many groups of keys have may be brought to the level-two cache; next may be null.
 constexpr size_t kMaxPanels = 8;
 struct WeightPlanes {
     const uint8_t *high, *low;
     size_t stride;
 };
-using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& weights, int num_rows,
-                          const float* scale, float* c, size_t c_stride);
+using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const uint8_t* next, const WeightPlanes& weights,
+                          int num_rows, const float* scale, float* c, size_t c_stride);
 
 struct Ops {
     const char* name;

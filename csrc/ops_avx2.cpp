@@ -256,8 +256,8 @@ INLINE __m256i values_at(const uint8_t* panel, int s, int lane) {
 
 // 8 dims at a time; weights of at most 127 leave room for one pair of products in 16 bits.
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
-            size_t c_stride) {
+void values(const uint8_t* const* panels, size_t num_panels, const uint8_t*, const WeightPlanes& p, int num_rows,
+            const float* scale, float* c, size_t c_stride) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int row = 0; row < num_rows; row++) {
         for (int lane = 0; lane < 128; lane += 32) {

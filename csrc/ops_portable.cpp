@@ -80,8 +80,8 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
 float load_f32(float x) { return x; }
 
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
-            size_t c_stride) {
+void values(const uint8_t* const* panels, size_t num_panels, const uint8_t*, const WeightPlanes& p, int num_rows,
+            const float* scale, float* c, size_t c_stride) {
     for (int i = 0; i < num_rows; i++) {
         for (int n = 0; n < int(kBlockColumns); n++) {
             int32_t sum = 0;

@@ -341,8 +341,8 @@ void check_values(Check& check, ValuesFn values, ValuesFn portable) {
             const std::vector<float> scale = random.uniforms(kMaxTileRows, 0, 1e-3f);
             for (int rows = 1; rows <= kMaxTileRows; rows++) {
                 std::vector<float> c(kMaxTileRows * 40, 7), expected = c;
-                values(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
-                portable(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
+                values(panels.data(), num_panels, panels[0], {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
+                portable(panels.data(), num_panels, nullptr, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
                 check.same(c, expected, std::to_string(num_panels) + " panels, " + std::to_string(rows) + " rows");
             }
         }
