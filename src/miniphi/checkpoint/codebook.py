@@ -1,18 +1,16 @@
 """4-bit blocks whose codes index a table of sixteen levels: nearest level, best scale, and the bytes of a block.
 
-Owns the search for scales of Q4_0, IQ4_NL and NL4: the value of largest magnitude is put on an outermost level or a
-little beside it, the values are rounded to levels v, the scale that fits them best is Sum(w x v) / Sum(w v v) (least
-squares, weights w), and the try with the least error wins. Knows no files.
+Owns the levels of Q4_0, IQ4_NL and NL4, and where the search for a scale tries to put the value of largest magnitude:
+on an outermost level or a little beside it. Knows no files.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from miniphi.checkpoint.formats import LEVELS, ByteArray, FloatArray, Format
+from miniphi.checkpoint.scale_search import best_scales
 
 __all__ = ["Codebook"]
-
-_TINY = np.float32(1e-30)  # keeps 0 / 0 out of blocks of zeros
 
 # Where the tries put the value of largest magnitude, in levels. Measured on normal, Student-t and real weights; see
 # docs/numerics.md for what they take off the error of the obvious scale and what more of them would.
@@ -48,26 +46,12 @@ class Codebook:
     def fit_scales(self, x: FloatArray, weight: FloatArray | None) -> npt.NDArray[np.float16]:
         """Return the scale of each block with the least weighted squared error, rounded to float16.
 
-        Shapes: x and weight [blocks, block_size]; result [blocks]. For given levels v the error is
-        Sum(w x x) - Sum(w x v)^2 / Sum(w v v), so the largest last term wins.
+        Shapes: x and weight [blocks, block_size]; result [blocks].
         """
         low, high = x.min(axis=1), x.max(axis=1)
         peak = np.where(-low > high, low, high)
-        safe_peak = np.where(np.abs(peak) < _TINY, np.float32(1), peak)
-        weighted = x if weight is None else x * weight
-        best_gain = np.full(len(x), -1, dtype=np.float32)
-        best_scale = np.zeros(len(x), dtype=np.float32)
-        for level in _PEAK_LEVELS[self.format]:
-            v = self.nearest_levels(x * (np.float32(level) / safe_peak).astype(np.float32)[:, None])
-            xv = np.einsum("bi,bi->b", weighted, v)
-            vv = np.einsum("bi,bi->b", v, v) if weight is None else np.einsum("bi,bi,bi->b", weight, v, v)
-            scale = xv / np.maximum(vv, _TINY)
-            gain = xv * scale
-            better = gain > best_gain
-            best_gain[better] = gain[better]
-            best_scale[better] = scale[better]
-        # A block of zeros is stored as scale 0, whatever level its codes name.
-        return np.where(np.abs(peak) < _TINY, np.float32(0), best_scale).astype("<f2")
+        scales = best_scales(x, weight, peak, levels=_PEAK_LEVELS[self.format], nearest=self.nearest_levels)
+        return scales.astype("<f2")
 
     def encode(self, x: FloatArray, scales: npt.NDArray[np.float16]) -> ByteArray:
         """Return the code of every value under its block's scale, uint8 [blocks, block_size]."""

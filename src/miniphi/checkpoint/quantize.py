@@ -1,12 +1,10 @@
 """float32 -> Q8_0, Q4_0, Q4_1, IQ4_NL and NL4, with the least error a block allows.
 
-Owns the search for scales. For each block of values several scales around the obvious one are tried: the values
-are rounded to whole numbers q, the scale that fits these q best is Sum(w x q) / Sum(w q q) (least squares, weights w),
-and the try with the least error wins. Then the scale is rounded to float16 and the values are rounded once more, to
-what the file will hold. The formats with a table of sixteen levels are codebook.py's. Knows no files.
+Scales are searched for (scale_search.py), then rounded to float16, and the values are rounded once more, to what the
+file will hold. The formats with a table of sixteen levels are codebook.py's. Knows no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy.typing as npt
 
 from miniphi.checkpoint.codebook import Codebook
 from miniphi.checkpoint.formats import ByteArray, FloatArray, Format
+from miniphi.checkpoint.scale_search import best_scales
 from miniphi.errors import CheckpointError
 
 __all__ = ["QUANTIZABLE", "QuantizationError", "quantize_rows"]
@@ -115,7 +114,7 @@ def _sum_of_squares(x: FloatArray) -> float:
 
 def _encode_q8_0(x: FloatArray, weight: FloatArray | None, out: ByteArray) -> FloatArray:
     peak = np.abs(x).max(axis=1)
-    scale = _best_scale(x, weight, peak, levels=_Q8_0_LEVELS, bounds=(-127, 127))
+    scale = best_scales(x, weight, peak, levels=_Q8_0_LEVELS, nearest=_rounding(-127, 127))
     stored, q = _round_to_stored(x, scale, -127, 127)
     out[:, :2] = stored.view(np.uint8).reshape(-1, 2)
     out[:, 2:] = q.astype(np.int8).view(np.uint8)
@@ -129,30 +128,14 @@ def _encode_levels(x: FloatArray, weight: FloatArray | None, out: ByteArray, boo
     return book.decode(codes, scales)
 
 
-def _best_scale(
-    x: FloatArray, weight: FloatArray | None, peak: FloatArray, *, levels: Sequence[float], bounds: tuple[int, int]
-) -> FloatArray:
-    """Return the scale of each block with the least weighted squared error, [blocks].
+def _rounding(low: int, high: int) -> Callable[[FloatArray], FloatArray]:
+    """Return what rounds to whole numbers within bounds, in place."""
 
-    For given q the error is Sum(w x x) - Sum(w x q)^2 / Sum(w q q), so the largest last term wins.
-    """
-    weighted = x if weight is None else x * weight
-    safe_peak = np.where(np.abs(peak) < _TINY, np.float32(1), peak)
-    best_gain = np.full(len(x), -1, dtype=np.float32)
-    best_scale = np.zeros(len(x), dtype=np.float32)
-    q = np.empty_like(x)
-    for level in levels:
-        np.multiply(x, (np.float32(level) / safe_peak)[:, None], out=q)
-        np.rint(q, out=q)
-        np.clip(q, *bounds, out=q)
-        xq = np.einsum("bi,bi->b", weighted, q)
-        qq = np.einsum("bi,bi->b", q, q) if weight is None else np.einsum("bi,bi,bi->b", weight, q, q)
-        scale = xq / np.maximum(qq, _TINY)
-        gain = xq * scale
-        better = gain > best_gain
-        best_gain[better] = gain[better]
-        best_scale[better] = scale[better]
-    return best_scale
+    def nearest(ratio: FloatArray) -> FloatArray:
+        np.rint(ratio, out=ratio)
+        return np.clip(ratio, low, high, out=ratio)
+
+    return nearest
 
 
 def _round_to_stored(
