@@ -1,4 +1,5 @@
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,12 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A catalog whose only model has a context of 256 tokens."""
-    entry = SimpleNamespace(model_config=partial(tiny_config, "phi3"))
+    """A catalog whose only model has a context of 256 tokens; its rows divide into the blocks of every format."""
+    entry = SimpleNamespace(model_config=partial(tiny_config, "phi3", intermediate_size=128))
     monkeypatch.setattr("miniphi.models.find_entry", lambda name: entry)
 
 
-@pytest.mark.parametrize("kind", ["q4", "q8"])
+@pytest.mark.parametrize("kind", ["q4", "q4_0", "q8"])
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 def test_json_has_every_figure(kind: str, kv: str, run: Run, tiny_entry: None) -> None:
     result = run("bench", "--synthetic", "tiny", "--type", kind, "--kv", kv, "--json", *SMALL)
@@ -38,7 +39,7 @@ def test_json_has_every_figure(kind: str, kv: str, run: Run, tiny_entry: None) -
     assert (report["prompt_tokens"], report["decode_depth"], report["streams"]) == (40, 40, 2)
     speeds = ("prefill_tokens_per_s", "decode_tokens_per_s", "streams_tokens_per_s")
     limits = ("int8_ops_per_s", "read_bytes_per_s")
-    for name in (*speeds, *limits, "prefill_fraction", "decode_fraction", "weight_bytes"):
+    for name in (*speeds, *limits, "prefill_fraction", "decode_fraction", "streams_fraction", "weight_bytes"):
         assert report[name] > 0, name
     assert f"random {kind} weights in the shape of tiny" in result.err
 
@@ -56,6 +57,7 @@ def test_the_table_shows_the_shares(run: Run, tiny_entry: None) -> None:
     ]
     assert "% of the int8 rate" in lines[3]
     assert "% of the read bandwidth" in lines[4]
+    assert re.search(r"% of the (int8 rate|read bandwidth)", lines[5])
 
 
 def test_a_model_on_disk_is_measured(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniphi.cli.options import DEFAULT_MODEL, KV_TYPES, fetch_default_model, positive_int
@@ -26,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--synthetic", metavar="NAME", help="random weights in the shape of this catalog model: nothing to download"
     )
-    parser.add_argument("--type", choices=("q4", "q8"), default="q4", help="format of synthetic weights (default: q4)")
+    parser.add_argument(
+        "--type",
+        choices=("q4", "q4_0", "q8"),
+        default="q4",
+        help="format of synthetic weights, as `miniphi quantize` writes a folder (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: what suits the machine)")
     parser.add_argument("--kv", choices=KV_TYPES, default="f16", help="format of the cache (default: %(default)s)")
     parser.add_argument("--prompt", type=positive_int, default=512, metavar="N", help="prompt tokens (default: 512)")
@@ -88,31 +94,38 @@ class _SyntheticModel:
 
 
 def _model(args: argparse.Namespace) -> "UnpackedModel":
-    from miniphi.checkpoint import open_checkpoint, synthetic_tensors
+    from miniphi.checkpoint import open_checkpoint, resolve_scheme, synthetic_tensors
     from miniphi.engine.speed import LazyTensors
     from miniphi.models import find_entry, resolve
 
     if args.synthetic:
         config = find_entry(args.synthetic).model_config()
-        return _SyntheticModel(config=config, tensors=LazyTensors(synthetic_tensors(config, scheme=args.type)))
+        scheme = resolve_scheme(args.type, Path(args.synthetic))
+        return _SyntheticModel(config=config, tensors=LazyTensors(synthetic_tensors(config, scheme=scheme)))
     fetch_default_model(args.model, None)
     return open_checkpoint(resolve(args.model))
 
 
 def _print(report: "SpeedReport") -> None:
+    from miniphi.engine.speed import INT8_RATE, READ_BANDWIDTH
+
     print(f"{report.isa}, {report.num_threads} threads, weights {report.weight_bytes / 1e9:.2f} GB")
     print(
         f"this machine just now: {report.int8_ops_per_s / 1e9:.0f} int8 Gop/s, "
         f"{report.read_bytes_per_s / 1e9:.1f} GB/s read"
     )
-    prefill = "" if report.prefill_fraction is None else f"{report.prefill_fraction:.0%} of the int8 rate"
+    prefill = "" if report.prefill_fraction is None else f"{report.prefill_fraction:.0%} of the {INT8_RATE}"
     rows = [
         (f"prefill of {report.prompt_tokens}", f"{report.prefill_tokens_per_s:.1f}", prefill),
         (
             f"decode at depth {report.decode_depth}",
             f"{report.decode_tokens_per_s:.1f}",
-            f"{report.decode_fraction:.0%} of the read bandwidth",
+            f"{report.decode_fraction:.0%} of the {READ_BANDWIDTH}",
         ),
-        (f"{report.streams} streams together", f"{report.streams_tokens_per_s:.1f}", ""),
+        (
+            f"{report.streams} streams together",
+            f"{report.streams_tokens_per_s:.1f}",
+            f"{report.streams_fraction:.0%} of the {report.streams_limit}",
+        ),
     ]
     print_table(("work", "tokens/s", "share of the limit"), rows)

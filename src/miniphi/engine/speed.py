@@ -20,7 +20,18 @@ from miniphi.engine.weights import ModelWeights
 from miniphi.errors import InvalidRequestError
 from miniphi.kernels import Kind, MachineLimits, measure_machine
 
-__all__ = ["LazyTensors", "SpeedReport", "measure_decode", "measure_prefill", "measure_speed"]
+__all__ = [
+    "INT8_RATE",
+    "READ_BANDWIDTH",
+    "LazyTensors",
+    "SpeedReport",
+    "measure_decode",
+    "measure_prefill",
+    "measure_speed",
+]
+
+INT8_RATE, READ_BANDWIDTH = "int8 rate", "read bandwidth"
+"""The limits, as a user reads them"""
 
 NUM_TOKEN_IDS = 200
 """Measurements go round through the first token ids (fewer in a smaller vocabulary); which they are does not matter."""
@@ -45,6 +56,9 @@ class SpeedReport:
     """of the read bandwidth; above 1 where a part of the weights stays in the caches"""
     streams: int
     streams_tokens_per_s: float
+    streams_fraction: float
+    streams_limit: str
+    """INT8_RATE or READ_BANDWIDTH, whichever allows less"""
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields for JSON."""
@@ -100,8 +114,10 @@ def measure_speed(
         read_bytes_per_s=max(before.read_bytes_per_s, after.read_bytes_per_s),
     )
     prefill_speed, decode_speed = statistics.median(prefill), statistics.median(decode)
+    streams_speed = statistics.median(together)
     operations, quantized = prefill_operations(program.config, program.weights, prompt_tokens)
     bytes_per_token = decode_bytes(program, prompt_tokens + decode_tokens // 2)
+    streams_limit, streams_bound = _streams_bound(program, KV_BLOCK_SIZE + decode_tokens // 2, streams, limits)
     return SpeedReport(
         isa=limits.isa,
         num_threads=limits.num_threads,
@@ -115,7 +131,9 @@ def measure_speed(
         decode_tokens_per_s=decode_speed,
         decode_fraction=decode_speed * bytes_per_token / limits.read_bytes_per_s,
         streams=streams,
-        streams_tokens_per_s=statistics.median(together),
+        streams_tokens_per_s=streams_speed,
+        streams_fraction=streams_speed / streams_bound,
+        streams_limit=streams_limit,
     )
 
 
@@ -166,6 +184,18 @@ def decode_bytes(program: Program, depth: int) -> float:
     weights = program.weights
     matrices = [matrix for layer in weights.layers for matrix in layer.matrices] + list(weights.lm_head)
     return sum(matrix.num_bytes for matrix in matrices) + program.kv_block_bytes * depth / KV_BLOCK_SIZE
+
+
+def _streams_bound(program: Program, depth: int, streams: int, limits: MachineLimits) -> tuple[str, float]:
+    """Return which limit binds a step of several sequences, and the tokens per second that it allows."""
+    cache_bytes = program.kv_block_bytes * depth / KV_BLOCK_SIZE
+    step_bytes = decode_bytes(program, depth) + (streams - 1) * cache_bytes
+    bounds = {READ_BANDWIDTH: streams * limits.read_bytes_per_s / step_bytes}
+    operations, quantized = prefill_operations(program.config, program.weights, 2 * depth)
+    operations += 2.0 * sum(matrix.rows * matrix.depth for matrix in program.weights.lm_head)
+    if quantized:
+        bounds[INT8_RATE] = limits.int8_ops_per_s / operations
+    return min(bounds.items(), key=lambda bound: bound[1])
 
 
 def _blocks(num_tokens: int) -> int:
