@@ -150,45 +150,49 @@ def gguf_file(model: str, folder: Path) -> Path:
     SmolLM2's is made from the shipped Q4_1 file: Q4_0 is what llama.cpp is fastest in. Larger models are random weights
     in their shape, without a tokenizer.
     """
-    path = folder / f"{model}.{'q4_0' if model == SMALL else 'synthetic-q4_0'}.gguf"
-    if path.exists():
-        return path
-    _say(f"writing {path} ...")
-    if model == SMALL:
-        with open_checkpoint(resolve(model)) as checkpoint:
-            quantize_checkpoint(checkpoint, path, scheme="q4")
-    else:
-        write_synthetic_gguf(
-            path, model_config(model), scheme="q4", tokenizer_metadata={"tokenizer.ggml.model": "no_vocab"}
-        )
-    return path
+
+    def write(path: Path) -> None:
+        if model == SMALL:
+            with open_checkpoint(resolve(model)) as checkpoint:
+                quantize_checkpoint(checkpoint, path, scheme="q4")
+        else:
+            metadata = {"tokenizer.ggml.model": "no_vocab"}
+            write_synthetic_gguf(path, model_config(model), scheme="q4", tokenizer_metadata=metadata)
+
+    return _write_once(folder / f"{model}.{'q4_0' if model == SMALL else 'synthetic-q4_0'}.gguf", write)
 
 
 def nl4_folder(model: str, folder: Path) -> Path:
     """Return a folder with NL4 weights, embeddings and lm_head in Q8_0, written once; the models are `gguf_file`'s."""
-    path = folder / f"{model}.{'nl4' if model == SMALL else 'synthetic-nl4'}"
-    if path.exists():
-        return path
-    _say(f"writing {path} ...")
-    if model == SMALL:
-        with open_checkpoint(resolve(model)) as checkpoint:
-            quantize_checkpoint(checkpoint, path, scheme="nl4")
-    else:
-        config = model_config(model)
-        save_safetensors(path, config, synthetic_tensors(config, scheme="nl4"), num_threads=2)
-    return path
+
+    def write(path: Path) -> None:
+        if model == SMALL:
+            with open_checkpoint(resolve(model)) as checkpoint:
+                quantize_checkpoint(checkpoint, path, scheme="nl4")
+        else:
+            config = model_config(model)
+            save_safetensors(path, config, synthetic_tensors(config, scheme="nl4"), num_threads=2)
+
+    return _write_once(folder / f"{model}.{'nl4' if model == SMALL else 'synthetic-nl4'}", write)
 
 
 def openvino_folder(model: str, folder: Path, python: str) -> Path:
     """Return a folder with random weights in a model's shape as OpenVINO's exporter leaves them, written once."""
-    path = folder / f"{model}.openvino-int4"
-    if path.exists():
-        return path
-    _say(f"writing {path} ...")
-    with atomic_folder(path) as partial:
-        config = partial / "config.json"
-        config.write_text(json.dumps(model_config(model).to_hf()), "utf-8")
-        subprocess.run([python, "-m", "benchmarks.openvino_model", str(config), str(partial)], cwd=_ROOT, check=True)
+
+    def write(path: Path) -> None:
+        with atomic_folder(path) as partial:
+            config = partial / "config.json"
+            config.write_text(json.dumps(model_config(model).to_hf()), "utf-8")
+            command = [python, "-m", "benchmarks.openvino_model", str(config), str(partial)]
+            subprocess.run(command, cwd=_ROOT, check=True)
+
+    return _write_once(folder / f"{model}.openvino-int4", write)
+
+
+def _write_once(path: Path, write: Callable[[Path], None]) -> Path:
+    if not path.exists():
+        _say(f"writing {path} ...")
+        write(path)
     return path
 
 

@@ -181,8 +181,9 @@ void Attention::weigh_quantized(const KvCache::Head* heads, const uint8_t* next,
         for (size_t b = span.first; b < span.last; b++) panels[b - span.first] = heads[b].values + i * cache_.value_stride();
         for (size_t row = 0; row < num_rows; row += kMaxTileRows) {
             const size_t at = row * kChunk + offset;
-            values(panels, span.last - span.first, row == 0 ? next : nullptr,
-                   {scratch.high.data() + at, scratch.low.data() + at, kChunk}, int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + row,
+            const WeightPlanes weights{scratch.high.data() + at, scratch.low.data() + at, kChunk};
+            values(panels, span.last - span.first, row == 0 ? next : nullptr, weights,
+                   int(std::min<size_t>(kMaxTileRows, num_rows - row)), scratch.weight_scale.data() + row,
                    scratch.chunk.data() + row * padded + 32 * i, padded);
         }
         if (next) next += (span.last - span.first) * layout_of(cache_.key_kind()).group_bytes;

@@ -65,8 +65,7 @@ def load(
     found = None if copy is None else copy.open()
     model, saved = found or _open(path)
     name = _name(name_or_path, revision)
-    source = saved.chat_template or _catalog_template(name)
-    template = None if source is None else ChatTemplate(source, saved.tokenizer)
+    template = _chat_template(saved, name)
     program = load_program(
         model,
         num_threads=num_threads,
@@ -83,11 +82,10 @@ def load(
         unused_token_ids=_unused_ids(saved.tokenizer, model.config.vocab_size),
         options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
     )
-    writer = None
+    on_first_rest = None
     if copy is not None and found is None:
         write = partial(copy.write, model.config, program.weights, saved)
-        writer = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice)
-    on_first_rest = None if writer is None else writer.start
+        on_first_rest = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
     return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
 
 
@@ -119,9 +117,12 @@ def _unused_ids(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     return inside | set(range(tokenizer.vocab_size, vocab_size))
 
 
-def _catalog_template(name: str) -> str | None:
-    """Return the built-in template of a model that the catalog knows, for files that carry none."""
-    return builtin_template(find_entry(name).template) if name.partition("@")[0] in catalog() else None
+def _chat_template(saved: SavedModel, name: str) -> ChatTemplate | None:
+    """Return the template that comes with the files, or the built-in one of a model that the catalog knows."""
+    source = saved.chat_template or None
+    if source is None and name.partition("@")[0] in catalog():
+        source = builtin_template(find_entry(name).template)
+    return None if source is None else ChatTemplate(source, saved.tokenizer)
 
 
 def _name(name_or_path: str | os.PathLike[str], revision: str | None) -> str:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from miniphi.atomic_write import atomic_file
 from miniphi.errors import DownloadError, InvalidRequestError
 
 __all__ = [
@@ -202,12 +203,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    temporary = folder / (MANIFEST_NAME + INCOMPLETE)
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST_NAME)
+    with atomic_file(folder / MANIFEST_NAME, overwrite=True) as file:
+        file.write(json.dumps(asdict(manifest), indent=2).encode())
 
 
 def _is_current(folder: Path, provenance: Provenance) -> bool:
