@@ -6,7 +6,8 @@
 //
 // One row of attention always means the same arithmetic, whatever comes with it: the context is cut at multiples of
 // 256 positions; inside a chunk, scores -> max -> exp -> sum -> weighted values; chunks are merged in ascending order.
-// A short query over a long context spreads its chunks over the threads and merges them afterwards.
+// A few queries over a long context spread its chunks over the threads and merge them afterwards. Their items follow the
+// cache's layout, so that a thread reads one stream of memory.
 #pragma once
 #include <vector>
 
@@ -38,15 +39,18 @@ public:
     void rope_and_append(const Sequences& s, size_t layer, const float* qkv, int thread, int num_threads) const;
     // out[tokens][num_heads * head_dim], q being rotated as it is read. attend() then, after a barrier, merge().
     void attend(const Sequences& s, size_t layer, const float* qkv, float* out, size_t queue, int thread, WorkQueue& work);
-    void merge(float* out, int thread, int num_threads) const;
+    void merge(float* out, int thread, int num_threads);
 
 private:
-    struct Item {   // a tile of query tokens of one sequence and one kv head, over chunks [first_chunk, last_chunk)
-        size_t sequence, kv_head, token, num_tokens, first_chunk, last_chunk;
-        ptrdiff_t part;   // where a split item leaves its first chunk for merge(); -1: writes the output itself
+    // What a thread does in one go: queries of tokens [token, token + num_tokens) of one sequence, for neighbouring kv heads,
+    // over chunks [first_chunk, last_chunk). Its rows are [kv head][token][query head of the group].
+    struct Item {
+        size_t sequence, token, num_tokens, kv_head, num_heads, first_chunk, last_chunk;
+        ptrdiff_t split;   // whose parts it leaves for merge(); -1: it writes the output itself
     };
-    struct Merge {   // one split token of one kv head
-        size_t token, kv_head, first_part, num_parts;
+    // A sequence of few queries over several chunks, which are shared out. Parts are [token][kv head][chunk].
+    struct Split {
+        size_t token, num_tokens, first_chunk, num_chunks, first_part;
     };
     struct Scratch {   // of one thread
         std::vector<float> query, scores, chunk, sum;
@@ -54,19 +58,27 @@ private:
         // Of a quantised cache: queries as int8, the chunk's value scales, weights as integers.
         std::vector<int8_t> query_codes;
         std::vector<float> query_scale, value_scale, weight_scale;
-        std::vector<int32_t> query_correction;
+        std::vector<int32_t> query_correction, query_sums;
         std::vector<uint8_t> high, low;
     };
     struct Span {   // what a tile sees of a chunk: cache blocks [first, last) of it
         size_t first, last;
     };
+    size_t rows_per_head(const Item& item) const { return item.num_tokens * shape_.group(); }
+    size_t first_chunk(const Sequences& s, size_t token) const;
+    void plan_tiles(const Sequences& s, size_t sequence);
+    void plan_split(const Sequences& s, size_t sequence, size_t* num_parts);
     void attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out, Scratch& scratch);
     void load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const;
     void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const;
-    void score(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
-    void weigh(const KvCache::Head* heads, Span span, size_t num_rows, Scratch& scratch) const;
-    void weigh_quantized(const KvCache::Head* heads, const uint8_t* next, Span span, size_t num_rows, Scratch& scratch) const;
+    void score(const KvCache::Head* blocks, Span span, size_t first_row, size_t num_rows, Scratch& scratch) const;
+    void load_scales(const KvCache::Head* blocks, Span span, float* scale) const;
+    void weigh(const KvCache::Head* blocks, Span span, size_t first_row, size_t num_rows, Scratch& scratch) const;
+    void weigh_quantized(const KvCache::Head* blocks, Span span, size_t first_row, size_t num_rows, Scratch& scratch) const;
     void fold(size_t num_rows, Scratch& scratch) const;
+    float* part(const Split& split, size_t token, size_t kv_head, size_t chunk);
+    void leave_parts(const Item& item, size_t chunk, const Scratch& scratch);
+    void merge_token(const Split& split, size_t token, size_t kv_head, float* out, float* sum);
     void store(float* sum, float total, float* out) const;
 
     const Ops& ops_;
@@ -75,8 +87,8 @@ private:
     const size_t tokens_per_tile_, max_rows_;
     std::vector<Scratch> scratch_;
     std::vector<Item> items_;
-    std::vector<Merge> merges_;
-    std::vector<float> parts_;   // [part][group][padded_dim + 2]: weighted values, max, sum
+    std::vector<Split> splits_;
+    std::vector<float> parts_;   // [part][query head of the group][padded_dim + 2]: weighted values, max, sum
 };
 
 }  // namespace miniphi

@@ -23,7 +23,7 @@ constexpr size_t kBlockColumns = 32;   // output rows of W in one block
 constexpr size_t kGroup = 32;          // values that share an activation scale, where the format has no other group
 constexpr size_t kWideGroup = 64;
 constexpr size_t kSuperGroups = 8;     // groups in a K-quant superblock of 256
-constexpr int kMaxTileRows = 6;        // rows of a quantised tile: 12 int32 and 12 float accumulators fit 32 registers
+constexpr int kMaxTileRows = 8;        // rows of a quantised tile; Ops::tile_rows says how many of them
 constexpr int kMaxPanelRows = 8;
 
 // The order is that of kernels/__init__.py::Kind. NL4 is ours: the codes of IQ4_NL in groups of 64.

@@ -34,6 +34,12 @@ size_t key_bytes_of(const HeadShape& shape, CacheType type) {
     return block_bytes(kind, is_quantized(kind) ? shape.padded_dim() : shape.head_dim);
 }
 
+size_t heads_together_of(const HeadShape& shape) {
+    size_t count = std::min(shape.num_kv_heads, kMaxHeadsTogether);
+    while (shape.num_kv_heads % count) count--;
+    return count;
+}
+
 // kLevelsIQ4NL's nearest index for every value of -128 .. 127.
 constexpr std::array<uint8_t, 256> nearest_codes() {
     std::array<uint8_t, 256> nearest{};
@@ -116,6 +122,7 @@ KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
       type_(type),
       num_blocks_(num_blocks),
       num_extents_((num_blocks + kExtentBlocks - 1) / kExtentBlocks),
+      heads_together_(heads_together_of(shape)),
       key_bytes_(key_bytes_of(shape, type)),
       value_panel_bytes_(value_panel_bytes_of(type)),
       memory_(shape.num_layers * num_extents_ * shape.num_kv_heads * kExtentBlocks * head_bytes(shape, type)) {}
@@ -127,11 +134,18 @@ size_t KvCache::head_bytes(const HeadShape& shape, CacheType type) {
 }
 
 KvCache::Head KvCache::head(size_t layer, size_t block, size_t kv_head) const {
-    const size_t extent = (layer * num_extents_ + block / kExtentBlocks) * shape_.num_kv_heads + kv_head, index = block % kExtentBlocks;
-    uint8_t* keys = memory_.data() + extent * kExtentBlocks * head_bytes(shape_, type_);
-    uint8_t* values = keys + kExtentBlocks * key_bytes_;
-    uint8_t* scales = values + shape_.padded_dim() / 32 * value_stride();
-    return {keys + index * key_bytes_, values + index * value_panel_bytes_, scales + index * scale_bytes_of(type_)};
+    const size_t panels = shape_.padded_dim() / 32, scale_bytes = scale_bytes_of(type_);
+    const size_t extent = layer * num_extents_ + block / kExtentBlocks, together = heads_together_;
+    uint8_t* keys = memory_.data() + (extent * shape_.num_kv_heads + kv_head / together * together) * kExtentBlocks * head_bytes(shape_, type_);
+    uint8_t* scales = keys + together * kExtentBlocks * key_bytes_;
+    uint8_t* values = scales + together * kExtentBlocks * scale_bytes;
+    const size_t member = kv_head % together, index = block % kExtentBlocks, place = member * kExtentBlocks + index;
+    return {keys + place * key_bytes_, values + member * panels * value_stride() + index * value_panel_bytes_, scales + place * scale_bytes};
+}
+
+KvCache::Head KvCache::next(const Head& head) const {
+    return {head.keys + kExtentBlocks * key_bytes_, head.values + shape_.padded_dim() / 32 * value_stride(),
+            head.scales + kExtentBlocks * scale_bytes_of(type_)};
 }
 
 void KvCache::put(const Ops& ops, const Head& head, size_t slot, const float* key, const float* value) const {

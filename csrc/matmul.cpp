@@ -185,27 +185,29 @@ void Matmul::quantize_plane(Activations& to, const bool* needs, const float* x, 
 }
 
 // The tiles of a block share out the lines of what comes next, so that memory is never idle: every num_tiles-th bit.
-// One row alone is all memory, and the hardware's own prefetching serves it best.
-static uint32_t prefetch_lines(size_t num_tiles, size_t tile) {
-    uint32_t lines = 0;
-    for (size_t line = tile; line < 32; line += num_tiles) lines |= 1u << line;
-    return lines;
+// Few rows for the bits of their weights are all memory, and the hardware's own prefetching serves them better.
+static Prefetch prefetch_share(const PackedMatrix& matrix, const uint8_t* block, size_t num_rows, size_t num_tiles, size_t tile) {
+    Prefetch prefetch{block + block_bytes(matrix.kind, matrix.depth), 0};
+    if (2 * num_rows > size_t(layout_of(matrix.kind).bits))
+        for (size_t line = tile; line < 32; line += num_tiles) prefetch.lines |= 1u << line;
+    return prefetch;
 }
 
 // How many rows of the activations pass over a strip at a time.
 size_t Matmul::panel_rows(size_t depth) const {
-    return std::max<size_t>(kMaxTileRows, kPanelBytes / depth / kMaxTileRows * kMaxTileRows);
+    const size_t tile = ops_.tile_rows;
+    return std::max(tile, kPanelBytes / depth / tile * tile);
 }
 
 // Rows [start, start + count) of the activations times one block; y is where their sums go.
 void Matmul::multiply_panel(const Call& call, const PackedMatrix& matrix, size_t block, size_t start, size_t count, float* y,
                             size_t y_stride) const {
     const QuantRows a = rows_for(matrix);
-    const uint8_t *weights = matrix.block(block), *next = weights + block_bytes(matrix.kind, matrix.depth);
-    const size_t num_tiles = (count + kMaxTileRows - 1) / kMaxTileRows;
+    const uint8_t* weights = matrix.block(block);
+    const size_t num_tiles = (count + ops_.tile_rows - 1) / ops_.tile_rows;
     for (size_t tile = 0; tile < num_tiles; tile++) {
         const size_t row = count * tile / num_tiles, rows = count * (tile + 1) / num_tiles - row;
-        const Prefetch prefetch{next, start == 0 && call.num_rows > 1 ? prefetch_lines(num_tiles, tile) : 0};
+        const Prefetch prefetch = start == 0 ? prefetch_share(matrix, weights, call.num_rows, num_tiles, tile) : Prefetch{nullptr, 0};
         ops_.tile[int(matrix.kind)](weights, prefetch, a, start + row, int(rows), y + row * y_stride, y_stride, call.add);
     }
 }
@@ -244,12 +246,12 @@ void Matmul::multiply_edge(const Call& call, const PackedMatrix& matrix, const u
     const bool quantized = is_quantized(matrix.kind);
     const QuantRows a = quantized ? rows_for(matrix) : QuantRows{};
     const size_t planes = call.fine && quantized ? 2 : 1;
-    const size_t limit = quantized ? kMaxTileRows / planes : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
-    float edge[kMaxPanelRows * kBlockColumns];
+    const size_t limit = quantized ? ops_.tile_rows / planes : kMaxPanelRows, num_tiles = (call.num_rows + limit - 1) / limit;
+    float edge[std::max(kMaxTileRows, kMaxPanelRows) * kBlockColumns];
     for (size_t tile = 0; tile < num_tiles; tile++) {
         const size_t row = call.num_rows * tile / num_tiles, rows = call.num_rows * (tile + 1) / num_tiles - row;
         if (quantized) {
-            const Prefetch prefetch{block + block_bytes(matrix.kind, matrix.depth), prefetch_lines(num_tiles, tile)};
+            const Prefetch prefetch = prefetch_share(matrix, block, planes * call.num_rows, num_tiles, tile);
             ops_.tile[int(matrix.kind)](block, prefetch, a, planes * row, int(planes * rows), edge, kBlockColumns, false);
         } else {
             ops_.panel[int(matrix.kind)](call.x + row * call.x_stride, call.x_stride, int(rows), block, matrix.depth, edge,

@@ -7,7 +7,7 @@
 
 namespace miniphi {
 
-// y[row + i][0..32) (+)= dequantised block x activations, i < num_rows <= kMaxTileRows; sums that add start from y.
+// y[row + i][0..32) (+)= dequantised block x activations, i < num_rows <= tile_rows; sums that add start from y.
 // Meanwhile what comes next is brought to the level-two cache: of each group those 64-byte lines whose bits are set.
 struct Prefetch {
     const uint8_t* next;
@@ -21,19 +21,20 @@ using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const vo
                          size_t c_stride, bool add);
 
 // Attention's p V over a quantised cache, one panel of 32 dims: c[i][0..32) = scale[i] sum over blocks b and tokens t of
-// (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxTileRows. panels[b] is the panel of block b
-// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127. Meanwhile as many bytes from
-// `next` on as that many groups of keys have may be brought to the level-two cache; next may be null.
+// (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxValueRows. panels[b] is the panel of block b
+// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127.
 constexpr size_t kMaxPanels = 8;
+constexpr int kMaxValueRows = 6;
 struct WeightPlanes {
     const uint8_t *high, *low;
     size_t stride;
 };
-using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const uint8_t* next, const WeightPlanes& weights,
-                          int num_rows, const float* scale, float* c, size_t c_stride);
+using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& weights, int num_rows,
+                          const float* scale, float* c, size_t c_stride);
 
 struct Ops {
     const char* name;
+    int tile_rows;                // the most rows that a tile takes, kMaxTileRows or fewer
     TileFn tile[kNumKinds];       // quantised kinds only
     PanelFn panel[3];             // F32, F16, BF16
     ValuesFn values_8, values_4;  // V of a Q8 and of a Q4 cache

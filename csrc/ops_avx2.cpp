@@ -24,6 +24,8 @@ INLINE __m256 small_signed(const void* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
 
+constexpr int kTileRows = 6;
+
 // Codes of 8 bits and what non-linear codes stand for are multiplied as signed values, without a zero point.
 constexpr bool is_signed(Kind kind) { return layout_of(kind).bits == 8 || layout_of(kind).levels != nullptr; }
 
@@ -171,7 +173,7 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
 template <Kind kKind>
 void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
           bool add) {
-    constexpr int kMost = is_signed(kKind) ? kMaxTileRows : 3;
+    constexpr int kMost = is_signed(kKind) ? kTileRows : kTileRows / 2;
     while (num_rows > 0) {
         const int rows = num_rows > kMost ? (num_rows + 1) / 2 : num_rows;
         switch (rows) {
@@ -256,7 +258,7 @@ INLINE __m256i values_at(const uint8_t* panel, int s, int lane) {
 
 // 8 dims at a time; weights of at most 127 leave room for one pair of products in 16 bits.
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const uint8_t*, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int row = 0; row < num_rows; row++) {
@@ -457,6 +459,7 @@ uint64_t read_bytes(const uint8_t* data, size_t bytes) {
 const Ops& ops_avx2() {
     static const Ops table = {
         "avx2",
+        kTileRows,
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},

@@ -1,9 +1,10 @@
 // AVX-512 with VNNI (Ice Lake, Zen 4 and later).
 //
-// tile      y[m][32] = sum over groups g of (sum_k q_w q_a) * d_g * s_mg, rows m <= 6. Codes are unpacked in registers;
+// tile      y[m][32] = sum over groups g of (sum_k q_w q_a) * d_g * s_mg, rows m <= 8. Codes are unpacked in registers;
 //           one broadcast of 4 activations feeds two VPDPBUSD (u8 codes x s8 activations). The zero point is paid for
-//           once per group: accumulators start at -zero * sum(q_a). 12 int32 and 12 float accumulators, two code
-//           vectors, mask and broadcast fill the 32 registers; more rows spill.
+//           once per group: accumulators start at -zero * sum(q_a). With 6 rows 12 int32 and 12 float accumulators, two
+//           code vectors, mask and broadcast fill the 32 registers; with 8 the float ones live in memory and codes are
+//           unpacked less often, which is as fast. 10 and 12 rows are slower.
 // panel     the same shape for float panels (also attention's Q K^T and P V).
 // With one or two rows a second set of int32 accumulators hides VPDPBUSD's latency; integers add exactly in any order.
 #include <immintrin.h>
@@ -49,28 +50,33 @@ struct Accumulators {
     __m512i v[kSets][kRows][2];
 };
 
-// One column of a matrix of activations, scales or corrections, as x86 addresses it: two bases and one stride serve six
-// rows, so that pointers do not push each other out of the registers.
-template <typename T>
+// One column of a matrix of activations, scales or corrections, as x86 addresses it: a base and a stride serve three rows,
+// so that pointers do not push each other out of the registers.
+template <typename T, int kRows>
 struct Cursor {
-    const T *first, *fourth;
+    static constexpr int kBases = (kRows + 2) / 3;
+    const T* base[kBases];
     size_t stride;
-    Cursor(const T* data, size_t stride, size_t row) : first(data + row * stride), fourth(first + 3 * stride), stride(stride) {}
-    const T* row(int m) const { return m < 3 ? first + m * stride : fourth + (m - 3) * stride; }
+    Cursor(const T* data, size_t stride, size_t row) : stride(stride) {
+        UNROLL for (int i = 0; i < kBases; i++) base[i] = data + (row + 3 * i) * stride;
+    }
+    const T* row(int m) const { return base[m / 3] + m % 3 * stride; }
     void advance(size_t columns) {
-        first += columns;
-        fourth += columns;
-        asm("" : "+r"(first), "+r"(fourth));   // else the compiler derives one from the other again
+        UNROLL for (int i = 0; i < kBases; i++) {
+            base[i] += columns;
+            asm("" : "+r"(base[i]));   // else the compiler derives one from the other again
+        }
     }
 };
 
 template <Kind kKind, int kStep, int kRows>
-INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, Accumulators<kRows>& acc) {
+INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRows>& q, Accumulators<kRows>& acc) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits, lines = int(layout.group_bytes) / 64;
-    // Spread over the steps: a burst of prefetches would hold up the loads.
-    for (int i = kStep * lines / layout.steps(); i < (kStep + 1) * lines / layout.steps(); i++)
-        if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
+    // Spread over the steps: the processor drops what exceeds its few outstanding misses.
+    if constexpr (kRows > 1)
+        for (int i = kStep * lines / layout.steps(); i < (kStep + 1) * lines / layout.steps(); i++)
+            if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
     constexpr int set = kStep % Accumulators<kRows>::kSets;
     __m512i codes[2];
     UNROLL for (int h = 0; h < 2; h++) {
@@ -90,7 +96,7 @@ INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, A
 }
 
 template <Kind kKind, int kRows, int kFirst, int kLast>
-INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, Accumulators<kRows>& acc) {
+INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRows>& q, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
         step<kKind, kFirst, kRows>(w, prefetch, q, acc);
         steps<kKind, kRows, kFirst + 1, kLast>(w, prefetch, q, acc);
@@ -98,7 +104,7 @@ INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t>& q, 
 }
 
 template <int kRows>
-INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t>& correction, size_t index) {
+INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t, kRows>& correction, size_t index) {
     UNROLL for (int m = 0; m < kRows; m++) {
         const __m512i first = has_zero ? _mm512_set1_epi32(correction.row(m)[index]) : _mm512_setzero_si512();
         acc.v[0][m][0] = acc.v[0][m][1] = first;
@@ -107,7 +113,7 @@ INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t>
 }
 
 template <int kRows>
-INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<float>& scale, __m512 (*sum)[2]) {
+INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<float, kRows>& scale, __m512 (*sum)[2]) {
     UNROLL for (int m = 0; m < kRows; m++) {
         const __m512 s = _mm512_set1_ps(*scale.row(m));
         UNROLL for (int h = 0; h < 2; h++) {
@@ -129,9 +135,9 @@ template <Kind kKind, int kRows>
 void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr Layout layout = layout_of(kKind);
     constexpr size_t parts = layout.scale == Scale::SuperHalf ? 2 : 1;
-    Cursor<int8_t> q(a.q, a.q_stride, row);
-    Cursor<float> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
-    Cursor<int32_t> correction(a.correction, a.correction_stride, row);
+    Cursor<int8_t, kRows> q(a.q, a.q_stride, row);
+    Cursor<float, kRows> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
+    Cursor<int32_t, kRows> correction(a.correction, a.correction_stride, row);
     __m512 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
         UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(y + m * y_stride + 16 * h) : _mm512_setzero_ps();
@@ -198,7 +204,9 @@ void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t ro
         case 3: return tile_rows<kKind, 3>(block, prefetch, a, row, y, y_stride, add);
         case 4: return tile_rows<kKind, 4>(block, prefetch, a, row, y, y_stride, add);
         case 5: return tile_rows<kKind, 5>(block, prefetch, a, row, y, y_stride, add);
-        default: return tile_rows<kKind, 6>(block, prefetch, a, row, y, y_stride, add);
+        case 6: return tile_rows<kKind, 6>(block, prefetch, a, row, y, y_stride, add);
+        case 7: return tile_rows<kKind, 7>(block, prefetch, a, row, y, y_stride, add);
+        default: return tile_rows<kKind, 8>(block, prefetch, a, row, y, y_stride, add);
     }
 }
 
@@ -258,17 +266,9 @@ INLINE __m512i values_at(const uint8_t* panel, int h) {
     return _mm512_shuffle_epi8(table, _mm512_and_si512(v, _mm512_set1_epi8(15)));
 }
 
-template <int kBits>
-constexpr int kKeyBytes = int(layout_of(kBits == 8 ? Kind::Q8_0 : Kind::Q5_0).group_bytes);   // of a group of keys
-
 template <int kBits, int kStep, int kRows>
-INLINE void value_steps(const uint8_t* panel, const uint8_t* next, const WeightPlanes& p, size_t k, __m512i (*high)[2],
-                        __m512i (*low)[2]) {
+INLINE void value_steps(const uint8_t* panel, const WeightPlanes& p, size_t k, __m512i (*high)[2], __m512i (*low)[2]) {
     if constexpr (kStep < 8) {
-        constexpr int lines = kKeyBytes<kBits> / 64;
-        if (next)
-            UNROLL for (int i = kStep * lines / 8; i < (kStep + 1) * lines / 8; i++)
-                _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * i, _MM_HINT_T1);
         const __m512i v[2] = {values_at<kBits, kStep>(panel, 0), values_at<kBits, kStep>(panel, 1)};
         UNROLL for (int m = 0; m < kRows; m++) {
             const __m512i a = broadcast4(p.high + m * p.stride + k + 4 * kStep), b = broadcast4(p.low + m * p.stride + k + 4 * kStep);
@@ -277,17 +277,16 @@ INLINE void value_steps(const uint8_t* panel, const uint8_t* next, const WeightP
                 low[m][h] = _mm512_dpbusd_epi32(low[m][h], b, v[h]);
             }
         }
-        value_steps<kBits, kStep + 1, kRows>(panel, next, p, k, high, low);
+        value_steps<kBits, kStep + 1, kRows>(panel, p, k, high, low);
     }
 }
 
 template <int kBits, int kRows>
-void value_rows(const uint8_t* const* panels, size_t num_panels, const uint8_t* next, const WeightPlanes& p, const float* scale,
-                float* c, size_t c_stride) {
+void value_rows(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, const float* scale, float* c,
+                size_t c_stride) {
     __m512i high[kRows][2], low[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) high[m][0] = high[m][1] = low[m][0] = low[m][1] = _mm512_setzero_si512();
-    for (size_t b = 0; b < num_panels; b++)
-        value_steps<kBits, 0, kRows>(panels[b], next ? next + b * kKeyBytes<kBits> : nullptr, p, 32 * b, high, low);
+    for (size_t b = 0; b < num_panels; b++) value_steps<kBits, 0, kRows>(panels[b], p, 32 * b, high, low);
     UNROLL for (int m = 0; m < kRows; m++) {
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[m][h], 7), low[m][h]);
@@ -297,15 +296,15 @@ void value_rows(const uint8_t* const* panels, size_t num_panels, const uint8_t* 
 }
 
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const uint8_t* next, const WeightPlanes& p, int num_rows,
-            const float* scale, float* c, size_t c_stride) {
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+            size_t c_stride) {
     switch (num_rows) {
-        case 1: return value_rows<kBits, 1>(panels, num_panels, next, p, scale, c, c_stride);
-        case 2: return value_rows<kBits, 2>(panels, num_panels, next, p, scale, c, c_stride);
-        case 3: return value_rows<kBits, 3>(panels, num_panels, next, p, scale, c, c_stride);
-        case 4: return value_rows<kBits, 4>(panels, num_panels, next, p, scale, c, c_stride);
-        case 5: return value_rows<kBits, 5>(panels, num_panels, next, p, scale, c, c_stride);
-        default: return value_rows<kBits, 6>(panels, num_panels, next, p, scale, c, c_stride);
+        case 1: return value_rows<kBits, 1>(panels, num_panels, p, scale, c, c_stride);
+        case 2: return value_rows<kBits, 2>(panels, num_panels, p, scale, c, c_stride);
+        case 3: return value_rows<kBits, 3>(panels, num_panels, p, scale, c, c_stride);
+        case 4: return value_rows<kBits, 4>(panels, num_panels, p, scale, c, c_stride);
+        case 5: return value_rows<kBits, 5>(panels, num_panels, p, scale, c, c_stride);
+        default: return value_rows<kBits, 6>(panels, num_panels, p, scale, c, c_stride);
     }
 }
 
@@ -481,6 +480,7 @@ uint64_t read_bytes(const uint8_t* data, size_t bytes) {
 const Ops& ops_avx512() {
     static const Ops table = {
         "avx512",
+        kMaxTileRows,
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},

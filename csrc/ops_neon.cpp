@@ -25,6 +25,8 @@
 namespace miniphi {
 namespace {
 
+constexpr int kTileRows = 6;
+
 constexpr int kLanes = 4;                                   // float or int32 values of a register
 constexpr int kBlockVectors = int(kBlockColumns) / kLanes;
 constexpr size_t kPlane = 4 * kBlockColumns;                // bytes of both halves' vectors: one step of all columns
@@ -185,7 +187,7 @@ INLINE void tile_pass(const uint8_t* w, Prefetch prefetch, int first, const Quan
     }
 }
 
-template <Kind kKind, int kRows = kMaxTileRows>
+template <Kind kKind, int kRows = kTileRows>
 void tile(const uint8_t* block, Prefetch prefetch, const QuantRows& a, size_t row, int num_rows, float* y, size_t y_stride,
           bool add) {
     if constexpr (kRows > 1)
@@ -256,7 +258,7 @@ INLINE int8x16_t values_at(const uint8_t* panel, int s, int lane) {
 
 // 4 dims at a time; the weights of four steps are one vector, and SDOT takes a lane of it.
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const uint8_t*, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     for (int row = 0; row < num_rows; row++) {
         for (int lane = 0; lane < 128; lane += 16) {
@@ -475,6 +477,7 @@ uint64_t read_bytes(const uint8_t* data, size_t bytes) {
 const Ops& ops_neon() {
     static const Ops table = {
         "neon",
+        kTileRows,
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},

@@ -80,7 +80,7 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
 float load_f32(float x) { return x; }
 
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const uint8_t*, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     for (int i = 0; i < num_rows; i++) {
         for (int n = 0; n < int(kBlockColumns); n++) {
@@ -179,6 +179,7 @@ uint64_t read_bytes(const uint8_t* data, size_t bytes) {
 const Ops& ops_portable() {
     static const Ops table = {
         "portable",
+        kMaxTileRows,
         {nullptr, nullptr, nullptr, tile<Kind::Q8_0>, tile<Kind::Q4_0>, tile<Kind::Q4_1>, tile<Kind::Q5_0>,
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},

@@ -11,6 +11,10 @@ namespace {
 
 constexpr const char* kCodeNames[] = {"embed", "rms_norm", "matmul", "rope_and_append", "attention", "silu_mul", "take_rows"};
 
+// Up to so many rows SiLU is an operation of its own: a joined product goes to and fro between the weights of gate and up,
+// and where memory is the limit every jump costs as much as 20 KB, which the hardware fetched ahead in vain.
+constexpr size_t kFewRows = 16;
+
 // The share of `count` units that belongs to a thread.
 struct Share {
     size_t first, last;
@@ -72,12 +76,9 @@ void Program::attention(int qkv, int to, size_t layer) {
 
 void Program::silu_mul(int gate_up, int to) {
     Op& last = ops_list_.back();
-    if (last.code == Code::Matmul && last.to == gate_up && !last.add && Matmul::can_gate(last.matrices)) {
-        last.to = to;
-        last.gated = true;
-        return;
-    }
-    ops_list_.push_back({.code = Code::SiluMul, .from = gate_up, .to = to});
+    const bool joined = last.code == Code::Matmul && last.to == gate_up && !last.add && Matmul::can_gate(last.matrices);
+    if (joined) last.gated_to = to;
+    ops_list_.push_back({.code = Code::SiluMul, .from = gate_up, .to = to, .joined = joined});
 }
 
 void Program::take_logit_rows(int from, int to) {
@@ -85,20 +86,24 @@ void Program::take_logit_rows(int from, int to) {
 }
 
 void Program::run_matmul(const Op& op, size_t index, const Batch& batch, int thread) {
-    const Buffer& from = buffers_[op.from];
-    const size_t rows = from.of_logit_rows ? batch.num_logit_rows : batch.sequences.num_tokens;
-    const bool to_logits = op.to == kLogits;
-    const Matmul::Call call{op.matrices, data(op.from), rows, from.width, to_logits ? batch.logits : data(op.to),
-                            to_logits ? logits_width_ : buffers_[op.to].width, op.add, to_logits, op.gated};
+    const size_t rows = num_rows(op, batch);
+    const bool to_logits = op.to == kLogits, gated = op.gated_to != kNone && rows > kFewRows;
+    const int to = gated ? op.gated_to : op.to;
+    const Matmul::Call call{op.matrices, data(op.from), rows, buffers_[op.from].width, to_logits ? batch.logits : data(to),
+                            to_logits ? logits_width_ : buffers_[to].width, op.add, to_logits, gated};
     matmul_->quantize(call, thread, pool_.size());
     pool_.barrier().wait();
     matmul_->multiply(call, index, thread, *work_);
 }
 
+size_t Program::num_rows(const Op& op, const Batch& batch) const {
+    return buffers_[op.from].of_logit_rows ? batch.num_logit_rows : batch.sequences.num_tokens;
+}
+
 void Program::execute(const Op& op, size_t index, const Batch& batch, int thread) {
     const Sequences& s = batch.sequences;
     const int num_threads = pool_.size();
-    const size_t rows = buffers_[op.from].of_logit_rows ? batch.num_logit_rows : s.num_tokens;
+    const size_t rows = num_rows(op, batch);
     const Share share(rows, thread, num_threads);
     switch (op.code) {
         case Code::Embed: {
@@ -156,6 +161,7 @@ void Program::run(const Batch& batch) {
     pool_.run([&](int thread) {
         uint64_t before = thread == 0 ? now_ns() : 0;
         for (size_t i = 0; i < ops_list_.size(); i++) {
+            if (ops_list_[i].joined && num_rows(ops_list_[i], batch) > kFewRows) continue;   // the product before did it
             execute(ops_list_[i], i, batch, thread);
             pool_.barrier().wait();
             if (thread != 0) continue;

@@ -24,7 +24,7 @@ public:
     void matmul(int from, int to, std::vector<const PackedMatrix*> matrices, bool add);
     void rope_and_append(int qkv, size_t layer);
     void attention(int qkv, int to, size_t layer);
-    void silu_mul(int gate_up, int to);   // joined with the product before it where kernels allow: gate_up stays unwritten then
+    void silu_mul(int gate_up, int to);   // of many rows joined with the product before it, where that can: gate_up stays unwritten
     void take_logit_rows(int from, int to);
     void matmul_to_logits(int from, std::vector<const PackedMatrix*> matrices);
 
@@ -51,11 +51,13 @@ public:
 private:
     enum class Code { Embed, RmsNorm, Matmul, Rope, Attention, SiluMul, TakeRows };
     static constexpr int kNumCodes = 7;
+    static constexpr int kLogits = -1, kNone = -2;
     struct Op {
         Code code;
         int from, to;   // to = kLogits: the caller's array
         size_t layer = 0;
-        bool add = false, gated = false;
+        bool add = false, joined = false;   // joined: SiLU that the product before it may have done
+        int gated_to = kNone;               // where that product writes then
         float eps = 0;
         std::vector<float> weight;
         std::vector<const PackedMatrix*> matrices;
@@ -65,10 +67,9 @@ private:
         bool of_logit_rows;
         std::unique_ptr<Memory> memory;
     };
-    static constexpr int kLogits = -1;
-
     float* data(int id) const { return reinterpret_cast<float*>(buffers_[id].memory->data()); }
     void add_matmul(Op op);
+    size_t num_rows(const Op& op, const Batch& batch) const;
     void execute(const Op& op, size_t index, const Batch& batch, int thread);
     void run_matmul(const Op& op, size_t index, const Batch& batch, int thread);
 

@@ -165,7 +165,7 @@ void check_tile(Check& check, const Ops& ops, Kind kind) {
             const auto run = [&](size_t first, int rows, float* y, size_t stride, bool add) {
                 ops.tile[int(kind)](block.data(), {block.data(), 0x155}, a.rows, first, rows, y, stride, add);
             };
-            check_rows(check, run, kMaxTileRows, expected, where_of(data, depth));
+            check_rows(check, run, ops.tile_rows, expected, where_of(data, depth));
         }
     }
 }
@@ -334,15 +334,15 @@ void check_values(Check& check, ValuesFn values, ValuesFn portable) {
             }
             const size_t stride = 32 * num_panels + 32;
             std::vector<uint8_t> high, low;
-            for (size_t i = 0; i < kMaxTileRows * stride; i++) {
+            for (size_t i = 0; i < kMaxValueRows * stride; i++) {
                 high.push_back(uint8_t(extreme ? 127 : random.integer(0, 127)));
                 low.push_back(uint8_t(extreme ? 127 : random.integer(0, 127)));
             }
-            const std::vector<float> scale = random.uniforms(kMaxTileRows, 0, 1e-3f);
-            for (int rows = 1; rows <= kMaxTileRows; rows++) {
-                std::vector<float> c(kMaxTileRows * 40, 7), expected = c;
-                values(panels.data(), num_panels, panels[0], {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
-                portable(panels.data(), num_panels, nullptr, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
+            const std::vector<float> scale = random.uniforms(kMaxValueRows, 0, 1e-3f);
+            for (int rows = 1; rows <= kMaxValueRows; rows++) {
+                std::vector<float> c(kMaxValueRows * 40, 7), expected = c;
+                values(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
+                portable(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
                 check.same(c, expected, std::to_string(num_panels) + " panels, " + std::to_string(rows) + " rows");
             }
         }
