@@ -242,7 +242,8 @@ def _key(engine: Engine, variant: Variant) -> str:
 
 def _in_words(variant: Variant) -> str:
     return ", ".join(
-        f"{name.replace('_', ' ')} {'kept' if name == 'compiled' else value}" for name, value in variant.items()
+        f"{name.replace('_', ' ')} {'kept' if name in ('compiled', 'packed_copy') else value}"
+        for name, value in variant.items()
     )
 
 

@@ -59,6 +59,8 @@ class Engine:
             return [{"flash_attention": True}, {"flash_attention": False}]
         if self.name == OPENVINO and work.kind == "start":
             return [{}, {"compiled": str(folder / "openvino-compiled")}]
+        if self.name == OURS and work.kind == "start":
+            return [{"packed_copy": str(folder / "miniphi-packed")}]
         return [{}]
 
     def demand(self, work: Work, config: ModelConfig, path: Path, variant: Variant) -> Demand | None:

@@ -1,4 +1,4 @@
-"""Whether a model still finds one sentence in a long text when its cache is quantised: the needle test, per cache format.
+"""Whether a model still finds one sentence in a long text when its cache is quantised: the needle test.
 
     python -m benchmarks.needle TEXT [--model NAME] [--lengths 512 1024 ...] [--needles 8]
 

@@ -85,11 +85,12 @@ WORKS = (
     ),
     Work(
         name="streams-8",
-        label="decode, 8 streams together",
+        label="decode, 8 streams together, int8 cache",
         kind="decode",
         num_tokens=32,
         depth=32,
         streams=8,
+        cache="int8",
         is_quick=True,
     ),
     Work(

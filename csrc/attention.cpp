@@ -4,11 +4,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "cache_codes.h"
+
 namespace miniphi {
 namespace {
 
 constexpr size_t kTileRows = 48;         // query rows that share one pass over the keys: 48 x 256 scores are 48 KiB
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
+constexpr size_t kTokensAhead = 4;       // that keys and values are fetched before they go to the cache
 constexpr float kMinusInfinity = -INFINITY;
 
 // The first 2 * half values of a head turned by their position's angles: y = x where nothing is left of x to read.
@@ -105,6 +108,10 @@ void Attention::rope_and_append(const Sequences& s, size_t layer, const float* q
         for (size_t head = heads * thread / num_threads; head < heads * (thread + 1) / num_threads; head++) {
             for (int32_t t = s.query_starts[sequence]; t < s.query_starts[sequence + 1]; t++) {
                 const float* key = qkv + t * width + shape_.query_width() + head * dim;
+                for (size_t i = 0; i < dim; i += 64 / sizeof(float)) {   // rows are far apart, and memory is slow
+                    __builtin_prefetch(key + kTokensAhead * width + i);
+                    __builtin_prefetch(key + kTokensAhead * width + shape_.kv_width() + i);
+                }
                 rotate(key, s.cos + t * half, s.sin + t * half, half, rotated.data());
                 std::copy(key + 2 * half, key + dim, rotated.data() + 2 * half);
                 const size_t position = s.positions[t];

@@ -1,11 +1,10 @@
 #include "kv_cache.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "cache_codes.h"
 #include "half.h"
 #include "pack.h"
 
@@ -40,82 +39,12 @@ size_t heads_together_of(const HeadShape& shape) {
     return count;
 }
 
-// kLevelsIQ4NL's nearest index for every value of -128 .. 127.
-constexpr std::array<uint8_t, 256> nearest_codes() {
-    std::array<uint8_t, 256> nearest{};
-    for (int value = -128; value < 128; value++) {
-        int best = 0;
-        for (int code = 1; code < 16; code++) {
-            const int distance = value > kLevelsIQ4NL[code] ? value - kLevelsIQ4NL[code] : kLevelsIQ4NL[code] - value;
-            const int least = value > kLevelsIQ4NL[best] ? value - kLevelsIQ4NL[best] : kLevelsIQ4NL[best] - value;
-            if (distance < least) best = code;
-        }
-        nearest[size_t(value + 128)] = uint8_t(best);
-    }
-    return nearest;
-}
-
-// The value of largest magnitude.
-float standing_out(const float* x, size_t n) {
-    float top = 0;
-    for (size_t i = 0; i < n; i++)
-        if (std::fabs(x[i]) > std::fabs(top)) top = x[i];
-    return top;
-}
-
-int rounded(float x, int low, int high) {
-    return x > float(low) ? int(std::nearbyint(std::min(x, float(high)))) : low;   // NaN becomes low
-}
-
-// n values as non-linear codes with the scale that fits these codes best (least squares). The value that stands out takes
-// the outermost code of its sign: scales are positive.
-float quantize_non_linear(const float* x, size_t n, uint8_t* codes) {
-    static constexpr std::array<uint8_t, 256> nearest = nearest_codes();
-    const float top = standing_out(x, n), inverse = top > 0 ? 113.0f / top : top < 0 ? -127.0f / top : 0;
-    float fit = 0, square = 0;
-    for (size_t i = 0; i < n; i++) {
-        codes[i] = nearest[size_t(rounded(x[i] * inverse, -127, 127) + 128)];
-        const float value = kLevelsIQ4NL[codes[i]];
-        fit += x[i] * value;
-        square += value * value;
-    }
-    return fit / square;
-}
-
-// n values as 0 .. 31 around 16, with the scale that fits best; the value that stands out becomes 0, that is -16.
-float quantize_5_bits(const float* x, size_t n, uint8_t* codes) {
-    const float top = standing_out(x, n), inverse = top != 0 ? -16.0f / top : 0;
-    float fit = 0, square = 0;
-    for (size_t i = 0; i < n; i++) {
-        const int value = rounded(x[i] * inverse, -16, 15);
-        codes[i] = uint8_t(value + 16);
-        fit += x[i] * float(value);
-        square += float(value * value);
-    }
-    return square > 0 ? fit / square : 0;
-}
-
 void put_half(uint8_t* p, float value) {
     const uint16_t half = to_f16_scalar(value);
     std::memcpy(p, &half, 2);
 }
 
 }  // namespace
-
-void hadamard(float* x, size_t n) {
-    for (float* group = x; group < x + n; group += 32) {
-        for (size_t width = 16; width > 0; width /= 2) {
-            for (size_t i = 0; i < 32; i += 2 * width) {
-                for (size_t j = i; j < i + width; j++) {
-                    const float a = group[j], b = group[j + width];
-                    group[j] = a + b;
-                    group[j + width] = a - b;
-                }
-            }
-        }
-        for (size_t i = 0; i < 32; i++) group[i] *= 0.17677669529663687f;   // 1 / sqrt(32)
-    }
-}
 
 KvCache::KvCache(const HeadShape& shape, CacheType type, size_t num_blocks)
     : shape_(shape),

@@ -36,9 +36,6 @@ struct HeadShape {
     size_t kv_width() const { return num_kv_heads * head_dim; }
 };
 
-// x[n] times the orthonormal Hadamard matrix in groups of 32; its own inverse. n is a multiple of 32.
-void hadamard(float* x, size_t n);
-
 class KvCache {
 public:
     KvCache(const HeadShape& shape, CacheType type, size_t num_blocks);

@@ -7,6 +7,8 @@
 #include <limits>
 #include <string>
 
+#include "vectors.h"
+
 namespace miniphi {
 namespace {
 
@@ -15,26 +17,6 @@ constexpr size_t kFirstCandidates = 64;   // ranked at first where no top_k boun
 constexpr size_t kCandidateGrowth = 8;
 constexpr float kMinTemperature = 1e-30f;   // dividing by less overflows, and changes nothing
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// The compiler lowers these to what the target has; lanes never mix, so the results are the same on all of them.
-typedef float Floats __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-constexpr size_t kLanes = 8;
-#define INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDE_CLONE __attribute__((target_clones("avx2", "default")))   // compiled twice, chosen when the library is loaded
-#else
-#define WIDE_CLONE
-#endif
-
-INLINE Floats load(const float* p) {
-    Floats x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87. Cody-Waite reduction and the polynomial of Cephes' expf.
 INLINE Floats exp_nonpositive(Floats x) {

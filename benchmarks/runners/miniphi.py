@@ -7,8 +7,10 @@ import numpy as np
 from benchmarks.runners import NUM_TOKEN_IDS, CacheKind
 from miniphi.checkpoint import open_checkpoint
 from miniphi.engine.batch import KV_BLOCK_SIZE, Batch
+from miniphi.engine.packed_file import PackedModel, read_packed_file, write_packed_file
 from miniphi.engine.program import Program, load_program
 from miniphi.engine.speed import measure_decode, measure_prefill
+from miniphi.errors import CheckpointError
 
 _CACHE_TYPES = {"default": "f16", "int8": "q8", "int4": "q4"}
 
@@ -16,10 +18,22 @@ _CACHE_TYPES = {"default": "f16", "int8": "q8", "int4": "q4"}
 class Runner:
     """See benchmarks.runners.Runner."""
 
-    def __init__(self, model: str, *, num_threads: int, context: int, streams: int, cache: CacheKind, is_deep: bool):
+    def __init__(
+        self,
+        model: str,
+        *,
+        num_threads: int,
+        context: int,
+        streams: int,
+        cache: CacheKind,
+        is_deep: bool,
+        packed_copy: str | None = None,
+    ):
+        """`packed_copy` is a folder with a copy of the model as `miniphi.load` keeps one in its cache."""
         blocks = streams * -(-context // KV_BLOCK_SIZE)
+        path = Path(model)
         self._program = load_program(
-            open_checkpoint(Path(model)),
+            open_checkpoint(path) if packed_copy is None else _packed(path, Path(packed_copy)),
             num_threads=num_threads,
             kv_type=_CACHE_TYPES[cache],
             context=blocks * KV_BLOCK_SIZE,
@@ -36,6 +50,18 @@ class Runner:
             touch_cache(self._program)
             self._is_filled = True
         return measure_decode(self._program, depth, num_tokens, streams, is_filled=self._is_filled)
+
+
+def _packed(model: Path, folder: Path) -> PackedModel:
+    """Map the copy of a model; the first time it is written."""
+    copy, identity = folder / f"{model.stem}.packed", {"model": str(model)}
+    try:
+        return read_packed_file(copy, identity=identity)
+    except CheckpointError:
+        program = load_program(open_checkpoint(model), context=KV_BLOCK_SIZE)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_packed_file(copy, program.config, program.weights, identity=identity, attachments={})
+        return read_packed_file(copy, identity=identity)
 
 
 def touch_cache(program: Program) -> None:
