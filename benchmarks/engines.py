@@ -57,6 +57,8 @@ class Engine:
         """Return the settings to try for a work; the fastest is kept."""
         if self.name == LLAMA_CPP and (work.is_deep or work.context > 1024):
             return [{"flash_attention": True}, {"flash_attention": False}]
+        if self.name == LLAMA_CPP and work.cache == "int8":  # where a cache is small, its f16 may be faster
+            return [{}, {"cache": "default"}]
         if self.name == OPENVINO and work.kind == "start":
             return [{}, {"compiled": str(folder / "openvino-compiled")}]
         if self.name == OURS and work.kind == "start":
@@ -90,7 +92,7 @@ class Engine:
         if self.name == OPENVINO:  # u8 unless told otherwise; scale and zero point of each head's vector, float32
             return 1 + 8 / config.head_dim
         if self.name == LLAMA_CPP:
-            keys = 34 / 32 if work.cache == "int8" else 2.0
+            keys = 34 / 32 if variant.get("cache", work.cache) == "int8" else 2.0
             return (keys + (2.0 if variant.get("flash_attention") is False else keys)) / 2
         block_bytes = cache_block_bytes(
             config.num_hidden_layers,

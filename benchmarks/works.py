@@ -45,7 +45,14 @@ class Work:
 
 
 WORKS = (
-    Work(name="prefill-512", label="prefill, 512 tokens", kind="prefill", num_tokens=512, is_quick=True),
+    Work(
+        name="prefill-512",
+        label="prefill, 512 tokens, int8 cache",
+        kind="prefill",
+        num_tokens=512,
+        cache="int8",
+        is_quick=True,
+    ),
     Work(
         name="prefill-4096",
         label="prefill, 4,096 tokens, int8 cache",

@@ -13,7 +13,7 @@ constexpr const char* kCodeNames[] = {"embed", "rms_norm", "matmul", "rope_and_a
 
 // Up to so many rows SiLU is an operation of its own: a joined product goes to and fro between the weights of gate and up,
 // and where memory is the limit every jump costs as much as 20 KB, which the hardware fetched ahead in vain.
-constexpr size_t kFewRows = 16;
+constexpr size_t kFewRows = 4;
 
 // The share of `count` units that belongs to a thread.
 struct Share {
