@@ -10,6 +10,7 @@ namespace miniphi {
 namespace {
 
 constexpr size_t kTileRows = 48;         // query rows that share one pass over the keys: 48 x 256 scores are 48 KiB
+constexpr int kScoreRows = 6;            // of a tile over keys: over so few values of K starting more rows costs more than it saves
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
 constexpr size_t kTokensAhead = 4;       // that keys and values are fetched before they go to the cache
 constexpr float kMinusInfinity = -INFINITY;
@@ -151,7 +152,7 @@ void Attention::score(const KvCache::Head* blocks, Span span, size_t first_row, 
     const Kind kind = cache_.key_kind();
     const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), scratch.query_correction.data(), nullptr,
                             padded, groups, groups, groups};
-    const size_t limit = cache_.is_quantized() ? ops_.tile_rows : kMaxPanelRows;
+    const size_t limit = cache_.is_quantized() ? std::min(ops_.tile_rows, kScoreRows) : kMaxPanelRows;
     for (size_t b = span.first; b < span.last; b++) {
         for (size_t row = first_row; row < first_row + num_rows; row += limit) {
             const int rows = int(std::min(limit, first_row + num_rows - row));

@@ -55,12 +55,13 @@ struct Accumulators {
 template <typename T, int kRows>
 struct Cursor {
     static constexpr int kBases = (kRows + 2) / 3;
-    const T* base[kBases];
+    T* base[kBases];
     size_t stride;
-    Cursor(const T* data, size_t stride, size_t row) : stride(stride) {
+    Cursor(T* data, size_t stride, size_t row) : stride(stride) {
         UNROLL for (int i = 0; i < kBases; i++) base[i] = data + (row + 3 * i) * stride;
+        advance(0);
     }
-    const T* row(int m) const { return base[m / 3] + m % 3 * stride; }
+    T* row(int m) const { return base[m / 3] + m % 3 * stride; }
     void advance(size_t columns) {
         UNROLL for (int i = 0; i < kBases; i++) {
             base[i] += columns;
@@ -70,7 +71,7 @@ struct Cursor {
 };
 
 template <Kind kKind, int kStep, int kRows>
-INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRows>& q, Accumulators<kRows>& acc) {
+INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<const int8_t, kRows>& q, Accumulators<kRows>& acc) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits, lines = int(layout.group_bytes) / 64;
     // Spread over the steps: the processor drops what exceeds its few outstanding misses.
@@ -96,7 +97,7 @@ INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRows
 }
 
 template <Kind kKind, int kRows, int kFirst, int kLast>
-INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRows>& q, Accumulators<kRows>& acc) {
+INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<const int8_t, kRows>& q, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
         step<kKind, kFirst, kRows>(w, prefetch, q, acc);
         steps<kKind, kRows, kFirst + 1, kLast>(w, prefetch, q, acc);
@@ -104,7 +105,7 @@ INLINE void steps(const uint8_t* w, Prefetch prefetch, const Cursor<int8_t, kRow
 }
 
 template <int kRows>
-INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t, kRows>& correction, size_t index) {
+INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<const int32_t, kRows>& correction, size_t index) {
     UNROLL for (int m = 0; m < kRows; m++) {
         const __m512i first = has_zero ? _mm512_set1_epi32(correction.row(m)[index]) : _mm512_setzero_si512();
         acc.v[0][m][0] = acc.v[0][m][1] = first;
@@ -113,7 +114,7 @@ INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<int32_t,
 }
 
 template <int kRows>
-INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<float, kRows>& scale, __m512 (*sum)[2]) {
+INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<const float, kRows>& scale, __m512 (*sum)[2]) {
     UNROLL for (int m = 0; m < kRows; m++) {
         const __m512 s = _mm512_set1_ps(*scale.row(m));
         UNROLL for (int h = 0; h < 2; h++) {
@@ -135,12 +136,13 @@ template <Kind kKind, int kRows>
 void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
     constexpr Layout layout = layout_of(kKind);
     constexpr size_t parts = layout.scale == Scale::SuperHalf ? 2 : 1;
-    Cursor<int8_t, kRows> q(a.q, a.q_stride, row);
-    Cursor<float, kRows> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
-    Cursor<int32_t, kRows> correction(a.correction, a.correction_stride, row);
+    Cursor<const int8_t, kRows> q(a.q, a.q_stride, row);
+    Cursor<const float, kRows> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
+    Cursor<const int32_t, kRows> correction(a.correction, a.correction_stride, row);
+    Cursor<float, kRows> out(y, y_stride, 0);
     __m512 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(y + m * y_stride + 16 * h) : _mm512_setzero_ps();
+        UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(out.row(m) + 16 * h) : _mm512_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
@@ -190,8 +192,9 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
         if constexpr (layout.zero != 0) correction.advance(parts);
         else scaled_sum.advance(1);
     }
+    out.advance(0);
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(y + m * y_stride + 16 * h, sum[m][h]);
+        UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(out.row(m) + 16 * h, sum[m][h]);
     }
 }
 
