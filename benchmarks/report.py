@@ -39,16 +39,18 @@ python -m benchmarks.report results.json                                        
   stay in the caches (SmolLM2's mostly do), or where the bandwidth changed during a sample. *GB/s* is the span of the
   bandwidths measured during the row.
 * **Same work.** All engines take the same token ids and give the logits of the last one, or choose from them; none
-  decodes text. miniphi and llama.cpp read the same GGUF file in Q4_0 (4.5 bits a weight), which is what llama.cpp is
-  fastest in; OpenVINO has int4 in symmetric groups of 128 (4.125 bits) with int8 embeddings and lm_head, as its
-  exporter makes it, built by `benchmarks/openvino_model.py`. Rows with an int8 cache use q8 in miniphi, u8 in
-  OpenVINO and q8_0 in llama.cpp, there with and without flash attention, and the faster of the two is shown (without
-  it, values stay f16). Elsewhere every engine has its default: f16 in miniphi and llama.cpp, u8 in OpenVINO.
+  decodes text. miniphi has NL4 weights (4.25 bits), as `miniphi quantize --type q4` writes them; llama.cpp Q4_0 (4.5
+  bits), which it is fastest in; OpenVINO int4 in symmetric groups of 128 (4.125 bits), as its exporter makes it, built
+  by `benchmarks/openvino_model.py`. Embeddings and lm_head have 8 bits in all three. SmolLM2's Q4_0 and NL4 come from
+  the same shipped weights. Rows with an int8 cache use q8 in miniphi, u8 in OpenVINO, and in llama.cpp whatever is
+  fastest: q8_0 with or without flash attention (without it, values stay f16), or f16 where the context is short.
+  Elsewhere every engine has its default: f16 in miniphi and llama.cpp, u8 in OpenVINO.
 * **Depth.** How a cache came to be full does not change how long reading it takes. miniphi writes one token into
   every block of it; llama.cpp takes copies of a prompt of 512 tokens; OpenVINO runs the prompt once and keeps it in
   its prefix cache.
-* **Start.** A new process, the file in the page cache, a prompt of 8 token ids, until its first logits. `miniphi
-  generate` is the whole command, with tokenizer and template, until its first character is printed.
+* **Start.** A new process, its files in the page cache, a prompt of 8 token ids, until its first logits. miniphi maps
+  the packed copy that `miniphi.load` keeps of a model, OpenVINO its compiled one. `miniphi generate` is the whole
+  command, with tokenizer and template, until its first character is printed.
 * **Memory** is the most that the process had resident, mapped parts of the model file included.
 """
 
