@@ -127,7 +127,8 @@ class Results:
         self.blocks = [block for block in self.blocks if (block.model, block.work) not in replaced] + other.blocks
         self.engines |= other.engines
         self.absent = {name: why for name, why in (self.absent | other.absent).items() if name not in self.engines}
-        self.models |= other.models
+        for model, files in other.models.items():
+            self.models[model] = self.models.get(model, {}) | files
         self.date = other.date
 
 

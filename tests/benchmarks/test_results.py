@@ -66,10 +66,12 @@ def test_later_rows_replace_earlier_ones_and_keep_the_others() -> None:
     first, later = results(decode_block(), start_block()), results(decode_block())
     later.blocks[0].samples = [sample("miniphi", 1.0)]
     later.engines["other"] = "3.0"
+    later.models = {"tiny": {"miniphi": "other weights"}}
     first.add(later)
     assert [(block.work, block.median("miniphi")) for block in first.blocks] == [("start", 0.5), ("decode", 1.0)]
     assert first.absent == {}
     assert first.engines["other"] == "3.0"
+    assert first.models == {"tiny": {"miniphi": "other weights", "peer": "the same file"}}
 
 
 def test_a_table_is_aligned_and_its_rule_says_where_numbers_are() -> None:
