@@ -11,6 +11,7 @@ of the mean log-probability of the number, then one JSON line.
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import miniphi
 from benchmarks.numerics import read_text
 from miniphi import LLM
+from miniphi.errors import MiniphiError
 
 FORMATS = ("f32", "f16", "q8", "q4")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,7 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8000], metavar="N")
     parser.add_argument("--needles", type=int, default=8, help="at each of five depths (default: %(default)s)")
     args = parser.parse_args(argv)
-    words = read_text(args.text).split()
+    try:
+        words = read_text(args.text).split()
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.text}: cannot be read as text: {error}")
+    if min(args.lengths) <= ROOM or args.needles < 1:
+        parser.error(f"a context has more than {ROOM} tokens, and there is at least one needle")
+    if len(words) < max(args.lengths):  # more than enough: a word takes a token or more
+        parser.error(f"{args.text} has {len(words):,} words; a context of {max(args.lengths):,} tokens needs as many")
     rows: list[Row] = []
     print(f"{'context':>8} {'cache':>6} {'needles':>8} {'found':>7} {'log-probability':>16}")
     for length in args.lengths:
@@ -87,4 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MiniphiError as error:
+        sys.exit(f"needle: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
