@@ -199,11 +199,6 @@ size_t Matmul::panel_rows(size_t depth) const {
     return std::max(tile, kPanelBytes / depth / tile * tile);
 }
 
-// Blocks of a strip: where all rows are one panel, single blocks share the work more evenly.
-size_t Matmul::strip_blocks(const Call& call, const PackedMatrix& matrix) const {
-    return call.num_rows > panel_rows(matrix.depth) ? kStripBlocks : 1;
-}
-
 // Rows [start, start + count) of the activations times one block; y is where their sums go.
 void Matmul::multiply_panel(const Call& call, const PackedMatrix& matrix, size_t block, size_t start, size_t count, float* y,
                             size_t y_stride) const {
@@ -273,7 +268,7 @@ void Matmul::multiply_edge(const Call& call, const PackedMatrix& matrix, const u
 }
 
 void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const {
-    const size_t size = strip_blocks(call, matrix), first = strip * size, last = std::min(first + size, matrix.num_blocks());
+    const size_t first = strip * kStripBlocks, last = std::min(first + kStripBlocks, matrix.num_blocks());
     const size_t whole = call.fine ? first : std::min(last, matrix.rows / kBlockColumns);   // the blocks that need no edge
     if (is_quantized(matrix.kind)) {
         const size_t panel = panel_rows(matrix.depth);
@@ -294,10 +289,7 @@ void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t
 }
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
-    const auto num_strips = [&](const PackedMatrix& matrix) {
-        const size_t size = strip_blocks(call, matrix);
-        return (matrix.num_blocks() + size - 1) / size;
-    };
+    const auto num_strips = [](const PackedMatrix& matrix) { return (matrix.num_blocks() + kStripBlocks - 1) / kStripBlocks; };
     size_t item, total = 0;
     if (call.gated) {
         std::vector<float> scratch;

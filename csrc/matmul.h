@@ -100,7 +100,6 @@ private:
     void quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const;
     void quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const;
     size_t panel_rows(size_t depth) const;
-    size_t strip_blocks(const Call& call, const PackedMatrix& matrix) const;
     void multiply_panel(const Call& call, const PackedMatrix& matrix, size_t block, size_t start, size_t count, float* y,
                         size_t y_stride) const;
     void multiply_gated(const Call& call, size_t block, size_t up, std::vector<float>& scratch) const;
