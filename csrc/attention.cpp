@@ -139,7 +139,7 @@ void Attention::load_queries(const Sequences& s, const Item& item, const float* 
         if (!cache_.is_quantized()) continue;
         if (cache_.type() == CacheType::Q4) hadamard(query, padded);
         int32_t* sums = scratch.query_sums.data();
-        ops_.quantize_row(query, padded, kGroup, scratch.query_codes.data() + row * padded,
+        ops_.quantize_row(query, padded, scratch.query_codes.data() + row * padded,
                           scratch.query_scale.data() + row * groups, sums);
         const int zero = layout_of(cache_.key_kind()).zero;
         for (size_t g = 0; g < groups; g++) scratch.query_correction[row * groups + g] = -zero * (sums[2 * g] + sums[2 * g + 1]);
@@ -150,8 +150,8 @@ void Attention::load_queries(const Sequences& s, const Item& item, const float* 
 void Attention::score(const KvCache::Head* blocks, Span span, size_t first_row, size_t num_rows, Scratch& scratch) const {
     const size_t padded = shape_.padded_dim(), groups = padded / kGroup;
     const Kind kind = cache_.key_kind();
-    const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), scratch.query_correction.data(), nullptr,
-                            padded, groups, groups, groups};
+    const QuantRows queries{scratch.query_codes.data(), scratch.query_scale.data(), nullptr, scratch.query_correction.data(),
+                            nullptr, padded, groups, groups, groups};
     const size_t limit = cache_.is_quantized() ? std::min(ops_.tile_rows, kScoreRows) : kMaxPanelRows;
     for (size_t b = span.first; b < span.last; b++) {
         for (size_t row = first_row; row < first_row + num_rows; row += limit) {

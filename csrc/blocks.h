@@ -21,7 +21,7 @@ namespace miniphi {
 
 constexpr size_t kBlockColumns = 32;   // output rows of W in one block
 constexpr size_t kGroup = 32;          // values that share an activation scale, where the format has no other group
-constexpr size_t kWideGroup = 64;
+constexpr size_t kWideGroup = 64;      // their scales are a row's own times powers of two
 constexpr size_t kSuperGroups = 8;     // groups in a K-quant superblock of 256
 constexpr int kMaxTileRows = 8;        // rows of a quantised tile; Ops::tile_rows says how many of them
 constexpr int kMaxPanelRows = 8;
@@ -49,13 +49,14 @@ struct Layout {
     int zero;                // zero point of the value multiplied, 0 where the format has a minimum
     size_t group_bytes;      // codes and scales of one group, 32 rows
     size_t super_bytes = 0;  // what comes once per 8 groups
-    size_t group = kGroup;
+    size_t group = kGroup;   // or kWideGroup
     const int8_t* levels = nullptr;   // of a non-linear format: a code is an index; multiplied is levels[code] + 128
 
     constexpr size_t code_bytes() const {
         return bits == 8 ? group * kBlockColumns : group * kBlockColumns / 2 + size_t(bits - 4) * 128;
     }
     constexpr int steps() const { return int(group) / 4; }
+    constexpr bool is_wide() const { return group == kWideGroup; }
 };
 
 constexpr Layout layout_of(Kind kind) {
@@ -84,10 +85,18 @@ constexpr size_t block_bytes(Kind kind, size_t depth) {
     return groups * layout.group_bytes + (layout.super_bytes ? groups / kSuperGroups * layout.super_bytes : 0);
 }
 
-// Activations of one matmul: x[row][k] is about q[row][k] * scale[row][k / group], in the groups of the weights.
+// Activations of one matmul: x[row][k] is about q[row][k] * scale[row][k / 32], or in wide groups
+// q[row][k] * scale[row] * 2^exponent[row][k / 64]. A power of two times the scale of a weight is one addition of
+// integers, exponent to exponent, which leaves the multipliers to the products; the row's scale is multiplied with at the
+// end. Exponents are 0 .. kMaxExponent and stored where a float has its own, so a weight's scale of 0 stays next to 0.
+constexpr int kExponentShift = 23;
+constexpr int kMaxExponent = 30;
+constexpr float kLeastActivation = 0x1p-80f;   // a group, or a row of wide ones, whose values all lie below it counts as zeros
+
 struct QuantRows {
     const int8_t* q;             // [rows][q_stride]
     const float* scale;          // [rows][scale_stride]
+    const int32_t* exponent;     // [rows][groups] << kExponentShift; wide groups only
     const int32_t* correction;   // [rows][correction_stride]: -zero * sum(q), per group, or per half group for Q6_K
     const float* scaled_sum;     // [rows][scale_stride]: scale * sum(q), what a minimum is multiplied with
     size_t q_stride, scale_stride, correction_stride;

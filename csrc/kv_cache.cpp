@@ -112,7 +112,7 @@ void KvCache::put_quantized(const Ops& ops, const Head& head, size_t slot, const
         value_scale = quantize_non_linear(v, padded, value_code);
     } else {
         int32_t sums[kMaxDim / 16];
-        ops.quantize_row(k, padded, kGroup, reinterpret_cast<int8_t*>(key_code), key_scale, sums);
+        ops.quantize_row(k, padded, reinterpret_cast<int8_t*>(key_code), key_scale, sums);
         for (size_t i = 0; i < padded; i++) key_code[i] ^= 0x80;   // code + 128
         value_scale = ops.quantize_vector(v, padded, reinterpret_cast<int8_t*>(value_code));
     }

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <new>
 #include <system_error>
 
@@ -122,19 +123,23 @@ void Matmul::prepare(const PackedMatrix& matrix) {
         a.q_stride = (max_depth_ + 63) / 64 * 64 + 64;   // an odd number of lines: rows do not share cache sets
         a.q.resize(max_rows_ * a.q_stride);
         const size_t groups = (max_depth_ + a.group - 1) / a.group;
-        a.scale.resize(max_rows_ * groups);
-        a.scaled_sum.resize(max_rows_ * groups);
+        a.scale.resize(max_rows_ * (a.is_wide() ? 1 : groups));
+        (a.is_wide() ? a.exponent.resize(max_rows_ * groups) : a.scaled_sum.resize(max_rows_ * groups));
     }
     const int zero = zero_index(matrix.kind);
-    if (zero >= 0) a.correction[zero].resize(a.scale.size() * (zero == 3 ? 2 : 1));
+    if (zero >= 0) a.correction[zero].resize(std::max(a.scale.size(), a.exponent.size()) * (zero == 3 ? 2 : 1));
+}
+
+float Matmul::Activations::scale_of(size_t row, size_t groups, size_t g) const {
+    return is_wide() ? std::ldexp(scale[row], exponent[row * groups + g] >> kExponentShift) : scale[row * groups + g];
 }
 
 QuantRows Matmul::rows_for(const PackedMatrix& matrix) const {
     const Activations& a = activations_of(matrix.kind);
     const size_t groups = matrix.depth / a.group;
     const int zero = zero_index(matrix.kind);
-    return {a.q.data(), a.scale.data(), a.correction[std::max(zero, 0)].data(), a.scaled_sum.data(), a.q_stride, groups,
-            groups * (zero == 3 ? 2 : 1), groups};
+    return {a.q.data(), a.scale.data(), a.exponent.data(), a.correction[std::max(zero, 0)].data(), a.scaled_sum.data(),
+            a.q_stride, a.is_wide() ? 1 : groups, groups * (zero == 3 ? 2 : 1), groups};
 }
 
 void Matmul::quantize(const Call& call, int thread, int num_threads) {
@@ -158,22 +163,25 @@ void Matmul::quantize_rows(const Call& call, Activations& to, const bool* needs,
         quantize_plane(to, needs, x, depth, planes * row, sums.data());
         if (!call.fine) continue;
         const int8_t* q = to.q.data() + planes * row * to.q_stride;
-        const float* scale = to.scale.data() + planes * row * groups;
-        for (size_t k = 0; k < depth; k++) rest[k] = x[k] - float(q[k]) * scale[k / to.group];
+        for (size_t g = 0; g < groups; g++) {
+            const float scale = to.scale_of(planes * row, groups, g);
+            for (size_t k = g * to.group; k < (g + 1) * to.group; k++) rest[k] = x[k] - float(q[k]) * scale;
+        }
         quantize_plane(to, needs, rest.data(), depth, planes * row + 1, sums.data());
     }
 }
 
 void Matmul::quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const {
     const size_t groups = depth / to.group, parts = to.group / 16;
-    float *scale = to.scale.data() + row * groups, *scaled_sum = to.scaled_sum.data() + row * groups;
-    ops_.quantize_row(x, depth, to.group, to.q.data() + row * to.q_stride, scale, sums);
+    int8_t* q = to.q.data() + row * to.q_stride;
+    if (to.is_wide()) to.scale[row] = ops_.quantize_wide(x, depth, q, to.exponent.data() + row * groups, sums);
+    else ops_.quantize_row(x, depth, q, to.scale.data() + row * groups, sums);
     if (needs[3])
         for (size_t g = 0; g < 2 * groups; g++) to.correction[3][row * 2 * groups + g] = -32 * sums[g];
     for (size_t g = 0; g < groups; g++) {
         int32_t sum = 0;
         for (size_t i = 0; i < parts; i++) sum += sums[parts * g + i];
-        scaled_sum[g] = scale[g] * float(sum);
+        if (!to.is_wide()) to.scaled_sum[row * groups + g] = to.scale[row * groups + g] * float(sum);
         sums[g] = sum;
     }
     constexpr int zeros[3] = {8, 16, 128};

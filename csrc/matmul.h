@@ -88,14 +88,16 @@ public:
 
 private:
     static constexpr int kNumZeros = 4;   // 8, 16, 128 per group; 32 per half group
-    struct Activations {                  // of one group size
+    struct Activations {                  // of one group size; what QuantRows points to
         size_t group = 0, q_stride = 0;
         std::vector<int8_t> q;
         std::vector<float> scale, scaled_sum;
-        std::vector<int32_t> correction[kNumZeros];
+        std::vector<int32_t> exponent, correction[kNumZeros];
+        bool is_wide() const { return group == kWideGroup; }
+        float scale_of(size_t row, size_t groups, size_t g) const;
     };
-    Activations& activations_of(Kind kind) { return activations_[layout_of(kind).group == kWideGroup]; }
-    const Activations& activations_of(Kind kind) const { return activations_[layout_of(kind).group == kWideGroup]; }
+    Activations& activations_of(Kind kind) { return activations_[layout_of(kind).is_wide()]; }
+    const Activations& activations_of(Kind kind) const { return activations_[layout_of(kind).is_wide()]; }
     QuantRows rows_for(const PackedMatrix& matrix) const;
     void quantize_rows(const Call& call, Activations& to, const bool* needs, int thread, int num_threads) const;
     void quantize_plane(Activations& to, const bool* needs, const float* x, size_t depth, size_t row, int32_t* sums) const;

@@ -38,8 +38,11 @@ struct Ops {
     TileFn tile[kNumKinds];       // quantised kinds only
     PanelFn panel[3];             // F32, F16, BF16
     ValuesFn values_8, values_4;  // V of a Q8 and of a Q4 cache
-    // q[k], scale[k/group], sum16[k/16] of one row; k is a multiple of group, 32 or 64. scale = max|x| / 127 per group.
-    void (*quantize_row)(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16);
+    // q[k], scale[k/32], sum16[k/16] of one row; k is a multiple of 32. scale = max|x| / 127 per group.
+    void (*quantize_row)(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16);
+    // In wide groups: exponent[k/64] as in QuantRows; returns the row's scale, 2^-kMaxExponent max|x| / 127. A group's
+    // power of two is the least that keeps its codes within 127.
+    float (*quantize_wide)(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16);
     // One scale for n values, n a multiple of 16.
     float (*quantize_vector)(const float* x, size_t n, int8_t* q);
     // p[i] scale[i] >= 0 as 14-bit numbers 128 high[i] + low[i], times what is returned; n a multiple of 32.

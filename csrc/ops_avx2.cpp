@@ -92,6 +92,11 @@ INLINE void dot_steps(const uint8_t* w, int half, int lane, const int8_t* const*
     }
 }
 
+INLINE __m256 times(__m256 d, float scale) { return _mm256_mul_ps(d, _mm256_set1_ps(scale)); }
+INLINE __m256 times(__m256 d, int32_t exponent) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(d), _mm256_set1_epi32(exponent)));
+}
+
 // Columns [first, first + 8 kVectors) of a tile.
 template <Kind kKind, int kRows, int kVectors>
 INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const QuantRows& a, size_t row, float* y, size_t y_stride, bool add) {
@@ -101,15 +106,16 @@ INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const Quan
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
     const int8_t* q[kRows];
     const float *scale[kRows], *scaled_sum[kRows];
-    const int32_t* correction[kRows];
+    const int32_t *correction[kRows], *exponent[kRows];
     __m256 sum[kRows][kVectors];
     UNROLL for (int m = 0; m < kRows; m++) {
         q[m] = a.q + (row + m) * a.q_stride;
         scale[m] = a.scale + (row + m) * a.scale_stride;
         scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         correction[m] = a.correction + (row + m) * a.correction_stride;
+        exponent[m] = a.exponent + (row + m) * a.groups;
         UNROLL for (int v = 0; v < kVectors; v++)
-            sum[m][v] = add ? _mm256_loadu_ps(y + m * y_stride + first + 8 * v) : _mm256_setzero_ps();
+            sum[m][v] = add && !layout.is_wide() ? _mm256_loadu_ps(y + m * y_stride + first + 8 * v) : _mm256_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
@@ -142,8 +148,12 @@ INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const Quan
                 else if constexpr (layout.scale == Scale::SuperHalf)
                     d = _mm256_mul_ps(load_half(super + 2 * n), small_signed(scales + 32 * part + n));
                 else d = load_half(scales + 2 * n);
-                UNROLL for (int m = 0; m < kRows; m++)
-                    sum[m][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][v]), _mm256_mul_ps(d, _mm256_set1_ps(scale[m][g])), sum[m][v]);
+                UNROLL for (int m = 0; m < kRows; m++) {
+                    __m256 factor;
+                    if constexpr (layout.is_wide()) factor = times(d, exponent[m][g]);
+                    else factor = times(d, scale[m][g]);
+                    sum[m][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][v]), factor, sum[m][v]);
+                }
             }
         }
         if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
@@ -159,7 +169,12 @@ INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const Quan
         w += layout.group_bytes;
     }
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int v = 0; v < kVectors; v++) _mm256_storeu_ps(y + m * y_stride + first + 8 * v, sum[m][v]);
+        UNROLL for (int v = 0; v < kVectors; v++) {
+            float* to = y + m * y_stride + first + 8 * v;
+            if constexpr (layout.is_wide())
+                sum[m][v] = _mm256_fmadd_ps(sum[m][v], _mm256_set1_ps(*scale[m]), add ? _mm256_loadu_ps(to) : _mm256_setzero_ps());
+            _mm256_storeu_ps(to, sum[m][v]);
+        }
     }
 }
 
@@ -314,18 +329,40 @@ INLINE float largest(const float* x, size_t n) {
 
 float quantize_vector(const float* x, size_t n, int8_t* q) {
     const float max = largest(x, n);
-    const __m256 inverse = _mm256_set1_ps(max > 0 ? 127.0f / max : 0);
+    const __m256 inverse = _mm256_set1_ps(max >= kLeastActivation ? 127.0f / max : 0);
     for (size_t i = 0; i < n; i += 16) quantize16(x + i, inverse, q + i);
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += group / 16) {
-        const float max = largest(x, group);
-        const __m256 inverse = _mm256_set1_ps(max > 0 ? 127.0f / max : 0);
-        for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = largest(x, kGroup);
+        const __m256 inverse = _mm256_set1_ps(max >= kLeastActivation ? 127.0f / max : 0);
+        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
+}
+
+INLINE int32_t bits_of(float x) { return _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(x))); }
+
+// See ops_portable.cpp for the powers of two.
+float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
+    float max = 0;
+    for (size_t g = 0; g < k / kWideGroup; g++) {
+        const float top = largest(x + g * kWideGroup, kWideGroup);
+        exponent[g] = bits_of(top);
+        if (top > max) max = top;
+    }
+    const float inverse = max >= kLeastActivation ? 127.0f / max : 0;
+    const int32_t top = bits_of(max);
+    for (size_t g = 0; g < k / kWideGroup; g++, x += kWideGroup, q += kWideGroup, sum16 += 4) {
+        int32_t down = (top - exponent[g]) >> kExponentShift;
+        if (down > kMaxExponent) down = kMaxExponent;
+        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        const __m256 factor = _mm256_set1_ps(inverse * float(1 << down));
+        for (int h = 0; h < 4; h++) sum16[h] = quantize16(x + 16 * h, factor, q + 16 * h);
+    }
+    return max / 127.0f * 0x1p-30f;
 }
 
 // Four 32-bit numbers of one byte each, packed.
@@ -464,7 +501,7 @@ const Ops& ops_avx2() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

@@ -113,14 +113,19 @@ INLINE void start(Accumulators<kRows>& acc, bool has_zero, const Cursor<const in
     }
 }
 
-template <int kRows>
-INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<const float, kRows>& scale, __m512 (*sum)[2]) {
+INLINE __m512 times(__m512 d, float scale) { return _mm512_mul_ps(d, _mm512_set1_ps(scale)); }
+INLINE __m512 times(__m512 d, int32_t exponent) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(d), _mm512_set1_epi32(exponent)));
+}
+
+// `scale` holds those of the activations' groups: floats, or exponents of wide groups.
+template <int kRows, typename T>
+INLINE void finish(const Accumulators<kRows>& acc, const __m512* d, const Cursor<const T, kRows>& scale, __m512 (*sum)[2]) {
     UNROLL for (int m = 0; m < kRows; m++) {
-        const __m512 s = _mm512_set1_ps(*scale.row(m));
         UNROLL for (int h = 0; h < 2; h++) {
             __m512i dot = acc.v[0][m][h];
             if constexpr (Accumulators<kRows>::kSets == 2) dot = _mm512_add_epi32(dot, acc.v[1][m][h]);
-            sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(d[h], s), sum[m][h]);
+            sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), times(d[h], *scale.row(m)), sum[m][h]);
         }
     }
 }
@@ -137,12 +142,14 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
     constexpr Layout layout = layout_of(kKind);
     constexpr size_t parts = layout.scale == Scale::SuperHalf ? 2 : 1;
     Cursor<const int8_t, kRows> q(a.q, a.q_stride, row);
+    constexpr bool is_wide = layout.is_wide();
     Cursor<const float, kRows> scale(a.scale, a.scale_stride, row), scaled_sum(a.scaled_sum, a.scale_stride, row);
-    Cursor<const int32_t, kRows> correction(a.correction, a.correction_stride, row);
+    Cursor<const int32_t, kRows> correction(a.correction, a.correction_stride, row), exponent(a.exponent, a.groups, row);
     Cursor<float, kRows> out(y, y_stride, 0);
     __m512 sum[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) sum[m][h] = add ? _mm512_loadu_ps(out.row(m) + 16 * h) : _mm512_setzero_ps();
+        UNROLL for (int h = 0; h < 2; h++)
+            sum[m][h] = add && !is_wide ? _mm512_loadu_ps(out.row(m) + 16 * h) : _mm512_setzero_ps();
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
@@ -173,7 +180,8 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
                     d[h] = _mm512_mul_ps(load_half(super + 32 * h), small_unsigned(scales + 16 * h));
                 else d[h] = load_half(scales + 32 * h);
             }
-            finish(acc, d, scale, sum);
+            if constexpr (is_wide) finish(acc, d, exponent, sum);
+            else finish(acc, d, scale, sum);
         }
         if constexpr (layout.scale == Scale::Minimum || layout.scale == Scale::Super) {
             UNROLL for (int h = 0; h < 2; h++) {
@@ -188,13 +196,20 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
         prefetch.next += layout.group_bytes;
         asm("" : "+r"(prefetch.lines));   // else every bit is kept apart, in memory
         q.advance(layout.group);
-        scale.advance(1);
+        if constexpr (is_wide) exponent.advance(1);
+        else scale.advance(1);
         if constexpr (layout.zero != 0) correction.advance(parts);
         else scaled_sum.advance(1);
     }
     out.advance(0);
     UNROLL for (int m = 0; m < kRows; m++) {
-        UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(out.row(m) + 16 * h, sum[m][h]);
+        UNROLL for (int h = 0; h < 2; h++) {
+            if constexpr (is_wide) {
+                const __m512 old = add ? _mm512_loadu_ps(out.row(m) + 16 * h) : _mm512_setzero_ps();
+                sum[m][h] = _mm512_fmadd_ps(sum[m][h], _mm512_set1_ps(*scale.row(m)), old);
+            }
+            _mm512_storeu_ps(out.row(m) + 16 * h, sum[m][h]);
+        }
     }
 }
 
@@ -321,34 +336,53 @@ float quantize_vector(const float* x, size_t n, int8_t* q) {
     __m512 top = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, absolute(_mm512_loadu_ps(x + i)));
     const float max = _mm512_reduce_max_ps(top);
-    const __m512 inverse = _mm512_set1_ps(max > 0 ? 127.0f / max : 0);
+    const __m512 inverse = _mm512_set1_ps(max >= kLeastActivation ? 127.0f / max : 0);
     for (size_t i = 0; i < n; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), quantize16(x + i, inverse));
     return max / 127.0f;
 }
 
 template <int kParts>   // of 16 values in a group
-INLINE void quantize_groups(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
-    constexpr size_t group = kParts * 16;
-    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += kParts) {
-        __m512 v[kParts], top = _mm512_setzero_ps();
-        UNROLL for (int h = 0; h < kParts; h++) {
-            v[h] = _mm512_loadu_ps(x + 16 * h);
-            top = _mm512_max_ps(top, absolute(v[h]));
-        }
-        const float max = _mm512_reduce_max_ps(top);
-        const __m512 inverse = _mm512_set1_ps(max > 0 ? 127.0f / max : 0);
-        UNROLL for (int h = 0; h < kParts; h++) {
-            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], inverse));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * h), _mm512_cvtepi32_epi8(codes));
-            sum16[h] = _mm512_reduce_add_epi32(codes);
-        }
+INLINE __m512 largest(const float* x) {
+    __m512 top = _mm512_setzero_ps();
+    UNROLL for (int h = 0; h < kParts; h++) top = _mm512_max_ps(top, absolute(_mm512_loadu_ps(x + 16 * h)));
+    return top;
+}
+
+template <int kParts>
+INLINE void quantize_group(const float* x, __m512 inverse, int8_t* q, int32_t* sum16) {
+    UNROLL for (int h = 0; h < kParts; h++) {
+        const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * h), inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * h), _mm512_cvtepi32_epi8(codes));
+        sum16[h] = _mm512_reduce_add_epi32(codes);
+    }
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = _mm512_reduce_max_ps(largest<2>(x));
+        quantize_group<2>(x, _mm512_set1_ps(max >= kLeastActivation ? 127.0f / max : 0), q, sum16);
         scale[g] = max / 127.0f;
     }
 }
 
-void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
-    if (group == kWideGroup) quantize_groups<4>(x, k, q, scale, sum16);
-    else quantize_groups<2>(x, k, q, scale, sum16);
+// See ops_portable.cpp for the powers of two.
+float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
+    __m512 highest = _mm512_setzero_ps();
+    for (size_t g = 0; g < k / kWideGroup; g++) {
+        const __m512 top = largest<4>(x + g * kWideGroup);
+        exponent[g] = _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(_mm512_reduce_max_ps(top))));
+        highest = _mm512_max_ps(highest, top);
+    }
+    const float max = _mm512_reduce_max_ps(highest);
+    const int32_t top = _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(max)));
+    const __m512 inverse = _mm512_set1_ps(max >= kLeastActivation ? 127.0f / max : 0);
+    for (size_t g = 0; g < k / kWideGroup; g++, x += kWideGroup, q += kWideGroup, sum16 += 4) {
+        int32_t down = (top - exponent[g]) >> kExponentShift;
+        if (down > kMaxExponent) down = kMaxExponent;
+        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        quantize_group<4>(x, _mm512_scalef_ps(inverse, _mm512_set1_ps(float(down))), q, sum16);
+    }
+    return max / 127.0f * 0x1p-30f;
 }
 
 float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
@@ -488,7 +522,7 @@ const Ops& ops_avx512() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

@@ -99,7 +99,7 @@ template <int kRows>
 struct Rows {
     const int8_t* q[kRows];
     const float *scale[kRows], *scaled_sum[kRows];
-    const int32_t* correction[kRows];
+    const int32_t *correction[kRows], *exponent[kRows];
 };
 
 template <int kRows>
@@ -110,8 +110,14 @@ INLINE Rows<kRows> rows_from(const QuantRows& a, size_t row) {
         rows.scale[m] = a.scale + (row + m) * a.scale_stride;
         rows.scaled_sum[m] = a.scaled_sum + (row + m) * a.scale_stride;
         rows.correction[m] = a.correction + (row + m) * a.correction_stride;
+        rows.exponent[m] = a.exponent + (row + m) * a.groups;
     }
     return rows;
+}
+
+INLINE float32x4_t times(float32x4_t d, float scale) { return vmulq_n_f32(d, scale); }
+INLINE float32x4_t times(float32x4_t d, int32_t exponent) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(d), vdupq_n_s32(exponent)));
 }
 
 // sum[m] += group g of 4 columns; w is the group, `vector` which 4 columns.
@@ -145,7 +151,10 @@ INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const 
         UNROLL for (int m = 0; m < kRows; m++) {
             int32x4_t dot = acc.v[0][m];
             if constexpr (acc.kSets == 2) dot = vaddq_s32(dot, acc.v[1][m]);
-            sum[m] = vfmaq_f32(sum[m], vcvtq_f32_s32(dot), vmulq_n_f32(d, a.scale[m][g]));
+            float32x4_t factor;
+            if constexpr (layout.is_wide()) factor = times(d, a.exponent[m][g]);
+            else factor = times(d, a.scale[m][g]);
+            sum[m] = vfmaq_f32(sum[m], vcvtq_f32_s32(dot), factor);
         }
     }
     if constexpr (layout.scale == Scale::Minimum) {
@@ -166,7 +175,8 @@ INLINE void tile_pass(const uint8_t* w, Prefetch prefetch, int first, const Quan
     const Rows<kRows> rows = rows_from<kRows>(a, row);
     float32x4_t sum[vectors][kRows];
     UNROLL for (int v = 0; v < vectors; v++) {
-        UNROLL for (int m = 0; m < kRows; m++) sum[v][m] = add ? vld1q_f32(y + m * y_stride + kLanes * (first + v)) : vdupq_n_f32(0);
+        UNROLL for (int m = 0; m < kRows; m++)
+            sum[v][m] = add && !layout.is_wide() ? vld1q_f32(y + m * y_stride + kLanes * (first + v)) : vdupq_n_f32(0);
     }
     const uint8_t* super = w;
     for (size_t g = 0; g < a.groups; g++) {
@@ -183,7 +193,11 @@ INLINE void tile_pass(const uint8_t* w, Prefetch prefetch, int first, const Quan
         w += layout.group_bytes;
     }
     UNROLL for (int v = 0; v < vectors; v++) {
-        UNROLL for (int m = 0; m < kRows; m++) vst1q_f32(y + m * y_stride + kLanes * (first + v), sum[v][m]);
+        UNROLL for (int m = 0; m < kRows; m++) {
+            float* to = y + m * y_stride + kLanes * (first + v);
+            if constexpr (layout.is_wide()) sum[v][m] = vfmaq_n_f32(add ? vld1q_f32(to) : vdupq_n_f32(0), sum[v][m], *rows.scale[m]);
+            vst1q_f32(to, sum[v][m]);
+        }
     }
 }
 
@@ -304,17 +318,38 @@ INLINE float largest(const float* x, size_t n) {
 }
 
 float quantize_vector(const float* x, size_t n, int8_t* q) {
-    const float max = largest(x, n), inverse = max > 0 ? 127.0f / max : 0;
+    const float max = largest(x, n), inverse = max >= kLeastActivation ? 127.0f / max : 0;
     for (size_t i = 0; i < n; i += 16) quantize16(x + i, inverse, q + i);
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / group; g++, x += group, q += group, sum16 += group / 16) {
-        const float max = largest(x, group), inverse = max > 0 ? 127.0f / max : 0;
-        for (size_t h = 0; h < group / 16; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++, x += kGroup, q += kGroup, sum16 += 2) {
+        const float max = largest(x, kGroup), inverse = max >= kLeastActivation ? 127.0f / max : 0;
+        for (int h = 0; h < 2; h++) sum16[h] = quantize16(x + 16 * h, inverse, q + 16 * h);
         scale[g] = max / 127.0f;
     }
+}
+
+INLINE int32_t bits_of(float x) { return vget_lane_s32(vreinterpret_s32_f32(vdup_n_f32(x)), 0); }
+
+// See ops_portable.cpp for the powers of two.
+float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
+    float max = 0;
+    for (size_t g = 0; g < k / kWideGroup; g++) {
+        const float top = largest(x + g * kWideGroup, kWideGroup);
+        exponent[g] = bits_of(top);
+        if (top > max) max = top;
+    }
+    const float inverse = max >= kLeastActivation ? 127.0f / max : 0;
+    const int32_t top = bits_of(max);
+    for (size_t g = 0; g < k / kWideGroup; g++, x += kWideGroup, q += kWideGroup, sum16 += 4) {
+        int32_t down = (top - exponent[g]) >> kExponentShift;
+        if (down > kMaxExponent) down = kMaxExponent;
+        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        for (int h = 0; h < 4; h++) sum16[h] = quantize16(x + 16 * h, inverse * float(1 << down), q + 16 * h);
+    }
+    return max / 127.0f * 0x1p-30f;
 }
 
 float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
@@ -482,7 +517,7 @@ const Ops& ops_neon() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

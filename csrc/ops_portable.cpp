@@ -31,10 +31,11 @@ void tile(const uint8_t* block, Prefetch, const QuantRows& a, size_t row, int nu
     for (int i = 0; i < num_rows; i++) {
         const int8_t* q = a.q + (row + i) * a.q_stride;
         const float* scale = a.scale + (row + i) * a.scale_stride;
+        const int32_t* exponent = a.exponent + (row + i) * a.groups;
         const float* scaled_sum = a.scaled_sum + (row + i) * a.scale_stride;
         const int32_t* correction = a.correction + (row + i) * a.correction_stride;
         float sum[kBlockColumns];
-        for (size_t n = 0; n < kBlockColumns; n++) sum[n] = add ? y[i * y_stride + n] : 0;
+        for (size_t n = 0; n < kBlockColumns; n++) sum[n] = add && !layout.is_wide() ? y[i * y_stride + n] : 0;
         const uint8_t* w = block;
         const uint16_t* super = nullptr;
         for (size_t g = 0; g < a.groups; g++) {
@@ -53,13 +54,16 @@ void tile(const uint8_t* block, Prefetch, const QuantRows& a, size_t row, int nu
                     if (layout.scale == Scale::Super) d = from_f16(super[n]) * float(scales[n]);
                     else if (layout.scale == Scale::SuperHalf) d = from_f16(super[n]) * float(int8_t(scales[32 * h + n]));
                     else d = from_f16(f16[n]);
-                    sum[n] += float(dot) * (d * scale[g]);
+                    if constexpr (layout.is_wide()) sum[n] += float(dot) * float_from_bits(bits_of(d) + uint32_t(exponent[g]));
+                    else sum[n] += float(dot) * (d * scale[g]);
                 }
                 if (layout.scale == Scale::Minimum) sum[n] += from_f16(f16[32 + n]) * scaled_sum[g];
                 if (layout.scale == Scale::Super) sum[n] -= from_f16(super[32 + n]) * float(scales[32 + n]) * scaled_sum[g];
             }
             w += layout.group_bytes;
         }
+        if constexpr (layout.is_wide())
+            for (size_t n = 0; n < kBlockColumns; n++) sum[n] = scale[0] * sum[n] + (add ? y[i * y_stride + n] : 0);
         std::copy_n(sum, kBlockColumns, y + i * y_stride);
     }
 }
@@ -100,17 +104,42 @@ void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes&
 float quantize_vector(const float* x, size_t n, int8_t* q) {
     float max = 0;
     for (size_t i = 0; i < n; i++) max = std::max(max, std::fabs(x[i]));
-    const float inverse = max > 0 ? 127.0f / max : 0;
+    const float inverse = max >= kLeastActivation ? 127.0f / max : 0;
     for (size_t i = 0; i < n; i++) q[i] = int8_t(std::nearbyint(x[i] * inverse));
     return max / 127.0f;
 }
 
-void quantize_row(const float* x, size_t k, size_t group, int8_t* q, float* scale, int32_t* sum16) {
-    for (size_t g = 0; g < k / group; g++) scale[g] = quantize_vector(x + g * group, group, q + g * group);
+void add_sixteens(const int8_t* q, size_t k, int32_t* sum16) {
     for (size_t g = 0; g < k / 16; g++) {
         sum16[g] = 0;
         for (size_t i = 0; i < 16; i++) sum16[g] += q[g * 16 + i];
     }
+}
+
+void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* sum16) {
+    for (size_t g = 0; g < k / kGroup; g++) scale[g] = quantize_vector(x + g * kGroup, kGroup, q + g * kGroup);
+    add_sixteens(q, k, sum16);
+}
+
+// Positive floats are ordered as their bits are: with m the maximum of a group and t of the row, the largest n for which
+// t / 2^n >= m is (bits(t) - bits(m)) >> 23.
+float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
+    int32_t top = 0;
+    for (size_t g = 0; g < k / kWideGroup; g++) {
+        float max = 0;
+        for (size_t i = 0; i < kWideGroup; i++) max = std::max(max, std::fabs(x[g * kWideGroup + i]));
+        exponent[g] = int32_t(bits_of(max));
+        top = std::max(top, exponent[g]);
+    }
+    const float max = float_from_bits(uint32_t(top)), inverse = max >= kLeastActivation ? 127.0f / max : 0;
+    for (size_t g = 0; g < k / kWideGroup; g++) {
+        const int down = std::min((top - exponent[g]) >> kExponentShift, kMaxExponent);
+        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        const float factor = std::ldexp(inverse, down);
+        for (size_t i = g * kWideGroup; i < (g + 1) * kWideGroup; i++) q[i] = int8_t(std::nearbyint(x[i] * factor));
+    }
+    add_sixteens(q, k, sum16);
+    return std::ldexp(max / 127.0f, -kMaxExponent);
 }
 
 float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
@@ -184,7 +213,7 @@ const Ops& ops_portable() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},
         values<8>, values<4>,
-        quantize_row, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
     };
     return table;
 }

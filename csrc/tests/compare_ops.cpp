@@ -109,8 +109,13 @@ std::vector<uint8_t> random_block(Kind kind, size_t depth, Data data, Random& ra
 struct Activations {
     std::vector<int8_t> q;
     std::vector<float> scale, scaled_sum;
-    std::vector<int32_t> correction;
+    std::vector<int32_t> exponent, correction;
     QuantRows rows;
+    // Of a group; what the row's scale and the exponent make of it.
+    float scale_of(size_t row, size_t g) const {
+        if (exponent.empty()) return scale[row * rows.groups + g];
+        return std::ldexp(scale[row], exponent[row * rows.groups + g] >> kExponentShift);
+    }
 };
 
 void fill_activations(Activations& a, Kind kind, size_t num_rows, size_t depth, Data data, Random& random) {
@@ -124,18 +129,20 @@ void fill_activations(Activations& a, Kind kind, size_t num_rows, size_t depth, 
             for (size_t i = 0; i < layout.group; i++) sum[2 * i / layout.group] += a.q[row * stride + g * layout.group + i];
             float scale = random.uniform(0.001f, 0.1f);
             if (data != Data::Realistic) scale = data == Data::Extreme ? 1 : float(random.integer(1, 2));
-            a.scale.push_back(scale);
+            if (!layout.is_wide() || g == 0) a.scale.push_back(scale);
+            if (layout.is_wide()) a.exponent.push_back(random.integer(0, data == Data::Realistic ? kMaxExponent : 2) << kExponentShift);
             a.scaled_sum.push_back(scale * float(sum[0] + sum[1]));
             if (halves == 2) a.correction.insert(a.correction.end(), {-layout.zero * sum[0], -layout.zero * sum[1]});
             else a.correction.push_back(-layout.zero * (sum[0] + sum[1]));
         }
     }
-    a.rows = {a.q.data(), a.scale.data(), a.correction.data(), a.scaled_sum.data(), stride, groups, groups * halves, groups};
+    a.rows = {a.q.data(), a.scale.data(), a.exponent.data(), a.correction.data(), a.scaled_sum.data(),
+              stride, layout.is_wide() ? 1 : groups, groups * halves, groups};
 }
 
 // The terms are dots times scales and minima times sums; both have the sign that adds up in sum |w x|.
-std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, const QuantRows& a, size_t num_rows, size_t depth) {
-    const double roundings = double(3 * a.groups + 8);
+std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, const Activations& a, size_t num_rows, size_t depth) {
+    const double roundings = double(3 * a.rows.groups + 8);
     std::vector<double> bounds(num_rows * kBlockColumns);
     std::vector<float> w(depth);
     for (size_t n = 0; n < kBlockColumns; n++) {
@@ -143,7 +150,7 @@ std::vector<double> tile_bounds(Kind kind, const std::vector<uint8_t>& block, co
         for (size_t row = 0; row < num_rows; row++) {
             double sum = 0;
             for (size_t k = 0; k < depth; k++)
-                sum += std::fabs(double(w[k]) * a.q[row * a.q_stride + k]) * a.scale[row * a.groups + k / layout_of(kind).group];
+                sum += std::fabs(double(w[k]) * a.q[row * a.rows.q_stride + k]) * a.scale_of(row, k / layout_of(kind).group);
             bounds[row * kBlockColumns + n] = roundings * kEpsilon * sum;
         }
     }
@@ -161,7 +168,7 @@ void check_tile(Check& check, const Ops& ops, Kind kind) {
             fill_activations(a, kind, num_rows, depth, data, random);
             Expected expected{std::vector<float>(num_rows * kBlockColumns), std::vector<double>(num_rows * kBlockColumns)};
             ops_portable().tile[int(kind)](block.data(), {block.data(), 0x155}, a.rows, 0, num_rows, expected.value.data(), kBlockColumns, false);
-            if (data == Data::Realistic) expected.bound = tile_bounds(kind, block, a.rows, num_rows, depth);
+            if (data == Data::Realistic) expected.bound = tile_bounds(kind, block, a, num_rows, depth);
             const auto run = [&](size_t first, int rows, float* y, size_t stride, bool add) {
                 ops.tile[int(kind)](block.data(), {block.data(), 0x155}, a.rows, first, rows, y, stride, add);
             };
@@ -227,19 +234,24 @@ std::vector<float> quantizable(size_t n, Random& random) {
 
 void check_quantize_row(Check& check, const Ops& ops) {
     Random random(2);
-    for (const size_t group : {kGroup, kWideGroup}) for (const size_t k : {64, 320, 3072}) {
-        const std::vector<float> x = quantizable(k, random);
+    for (const bool wide : {false, true}) for (const size_t k : {64, 320, 3072}) for (const float size : {0.0f, 1e-30f, 1.0f}) {
+        std::vector<float> x = quantizable(k, random);
+        for (float& value : x) value *= size;
         std::vector<int8_t> q[2];
         std::vector<float> scale[2];
-        std::vector<int32_t> sum[2];
+        std::vector<int32_t> exponent[2], sum[2];
         for (int t = 0; t < 2; t++) {
             q[t].resize(k + 16, 7);
             scale[t].resize(k / kGroup + 1, 7);
+            exponent[t].resize(k / kWideGroup + 1, 7);
             sum[t].resize(k / 16 + 1, 7);
-            (t ? ops_portable() : ops).quantize_row(x.data(), k, group, q[t].data(), scale[t].data(), sum[t].data());
+            const Ops& table = t ? ops_portable() : ops;
+            if (wide) scale[t][0] = table.quantize_wide(x.data(), k, q[t].data(), exponent[t].data(), sum[t].data());
+            else table.quantize_row(x.data(), k, q[t].data(), scale[t].data(), sum[t].data());
         }
         check.same(q[0], q[1], "codes");
         check.same(scale[0], scale[1], "scales");
+        check.same(exponent[0], exponent[1], "exponents");
         check.same(sum[0], sum[1], "sums");
     }
 }

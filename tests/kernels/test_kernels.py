@@ -110,14 +110,31 @@ def test_matmul_rows_and_threads_do_not_matter(fmt: Format, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_extreme_activations(isa: str) -> None:
-    raw, values = random_rows(Format.Q4_0, 32, 64)
+@pytest.mark.parametrize("fmt", [Format.Q4_0, Format.NL4], ids=lambda fmt: fmt.name)
+def test_extreme_activations(fmt: Format, isa: str) -> None:
+    raw, values = random_rows(fmt, 32, 64)
     x = np.zeros((3, 64), np.float32)
-    x[1, 5], x[2] = 3e30, 1e-30
-    result = matmul([Packer().pack(Kind.Q4_0, raw, 64)], x, isa=isa)
+    x[1, 5], x[2] = 3e30, 1e-20
+    result = matmul([Packer().pack(Kind[fmt.name], raw, 64)], x, isa=isa)
     np.testing.assert_array_equal(result[0], 0)
     np.testing.assert_allclose(result[1], x[1, 5] * values[:, 5], rtol=1e-5)
     np.testing.assert_allclose(result[2], x[2] @ values.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_wide_group_far_below_its_row(isa: str) -> None:
+    """Its scale is the row's times a power of two, so that it keeps its precision; weights of zero stay next to it."""
+    raw, values = random_rows(Format.NL4, 40, 192)
+    raw[3] = 0
+    values[3] = 0
+    x = np.random.default_rng(4).standard_normal((9, 192)).astype(np.float32)
+    x[:, :64], x[:, 64:128] = 1e6 * x[:, :64], 0
+    whole = matmul([Packer().pack(Kind.NL4, raw, 192)], x, isa=isa)
+    x[:, :64] = 0
+    result = matmul([Packer().pack(Kind.NL4, raw, 192)], x, isa=isa)
+    exact = x @ values.T
+    assert np.linalg.norm(result - exact) < 0.01 * np.linalg.norm(exact)
+    assert np.abs(np.stack([whole, result])[..., 3]).max() < 1e-20
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -28,6 +28,12 @@ Floats = NDArray[np.float32]
 GROUP = 32
 """Values that share one activation scale; csrc/blocks.h::kGroup."""
 
+WIDE_GROUP = 64
+"""Groups of so many have scales that are their row's, times powers of two; csrc/blocks.h::kWideGroup."""
+
+MAX_EXPONENT = 30
+"""The largest of these powers; csrc/blocks.h::kMaxExponent."""
+
 NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """What the codes of IQ4_NL and of a 4-bit cache's values stand for; csrc/blocks.h::kLevelsIQ4NL."""
 
@@ -77,9 +83,16 @@ def attention(query: Floats, keys: Floats, values: Floats, positions: NDArray[np
 
 
 def quantize_rows(x: Floats, group: int = GROUP) -> tuple[NDArray[np.int8], Floats]:
-    """Return int8 codes and one scale for each group of a row: x is about codes * scale, scale = max|x| / 127."""
+    """Return int8 codes and one scale for each group of a row: x is about codes * scale.
+
+    127 * scale is max|x| of the group; in wide groups max|x| of the row, halved as often as leaves it at or above that.
+    """
     groups = x.reshape(*x.shape[:-1], -1, group)
     top = np.abs(groups).max(axis=-1, keepdims=True)
+    if group == WIDE_GROUP:
+        highest = top.max(axis=-2, keepdims=True)
+        ratio = np.divide(highest, top, out=np.full_like(top, 2.0**MAX_EXPONENT), where=top > 0)
+        top = np.ldexp(highest, -np.minimum(np.frexp(ratio)[1] - 1, MAX_EXPONENT))
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     codes = np.rint(groups * inverse).astype(np.int8)
     return codes.reshape(x.shape), (top / np.float32(127))[..., 0]
