@@ -12,8 +12,8 @@ namespace {
 constexpr size_t kTileRows = 48;         // query rows that share one pass over the keys: 48 x 256 scores are 48 KiB
 constexpr int kScoreRows = 6;            // of a tile over keys: over so few values of K starting more rows costs more than it saves
 constexpr size_t kSplitTokens = 4;       // sequences with at most this many queries split their context
-constexpr size_t kTokensAhead = 4;       // that keys and values are fetched before they go to the cache
-constexpr float kMinusInfinity = -INFINITY;
+constexpr size_t kTokensAhead = 4;       // that queries, keys and values are fetched before they are worked on
+constexpr float kMinusInfinity = -INFINITY, kLog2E = 1.44269504f;
 
 // The first 2 * half values of a head turned by their position's angles: y = x where nothing is left of x to read.
 void rotate(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, size_t half, float* __restrict y) {
@@ -37,14 +37,13 @@ Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cach
         s.scores.resize(max_rows_ * kChunk);
         s.chunk.resize(max_rows_ * shape.padded_dim());
         s.sum.resize(max_rows_ * shape.padded_dim());
-        for (auto* v : {&s.chunk_max, &s.chunk_sum, &s.total_max, &s.total_sum}) v->resize(max_rows_);
+        for (auto* v : {&s.chunk_max, &s.chunk_sum, &s.total_max, &s.total_sum, &s.weight_scale}) v->resize(max_rows_);
         if (!cache.is_quantized()) continue;
         s.query_codes.resize(max_rows_ * shape.padded_dim());
         s.query_scale.resize(max_rows_ * shape.padded_dim() / kGroup);
         s.query_correction.resize(s.query_scale.size());
         s.query_sums.resize(shape.padded_dim() / 16);
         s.value_scale.resize(kMaxHeadsTogether * kChunk);
-        s.weight_scale.resize(max_rows_);
         s.high.resize(max_rows_ * kChunk);
         s.low.resize(s.high.size());
     }
@@ -127,11 +126,12 @@ void Attention::rope_and_append(const Sequences& s, size_t layer, const float* q
 void Attention::load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const {
     const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), groups = padded / kGroup;
     const size_t half = shape_.rotary_dim / 2, width = shape_.query_width() + 2 * shape_.kv_width(), rows = rows_per_head(item);
-    const float scale = 1.0f / std::sqrt(float(dim));
+    const float scale = kLog2E / std::sqrt(float(dim));   // weights are powers of two
     for (size_t row = 0; row < item.num_heads * rows; row++) {
         const size_t kv_head = item.kv_head + row / rows, token = item.token + row % rows / group;
         const float* q = qkv + token * width + (kv_head * group + row % group) * dim;
         float* query = scratch.query.data() + row * padded;
+        for (size_t i = 0; i < dim; i += 64 / sizeof(float)) __builtin_prefetch(q + kTokensAhead * width + i);
         rotate(q, s.cos + token * half, s.sin + token * half, half, query);
         std::copy(q + 2 * half, q + dim, query + 2 * half);
         for (size_t i = 0; i < dim; i++) query[i] *= scale;
@@ -234,10 +234,13 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
         high = std::clamp(high, low, offset + count);
         const size_t at = row * kChunk + offset;
         float* weights = scratch.scores.data() + at;
-        ops_.softmax(weights, count, low - offset, high - offset, &scratch.chunk_max[row], &scratch.chunk_sum[row]);
-        if (quantized)
-            scratch.weight_scale[row] = ops_.quantize_weights(weights, scratch.value_scale.data() + row / rows * kChunk + offset,
-                                                              count, scratch.high.data() + at, scratch.low.data() + at);
+        const Softmax softmax =
+            quantized ? ops_.quantized_softmax(weights, scratch.value_scale.data() + row / rows * kChunk + offset, count, low - offset,
+                                               high - offset, scratch.high.data() + at, scratch.low.data() + at)
+                      : ops_.softmax(weights, count, low - offset, high - offset);
+        scratch.chunk_max[row] = softmax.max;
+        scratch.chunk_sum[row] = softmax.sum;
+        scratch.weight_scale[row] = softmax.unit;
     }
     for (size_t h = 0; h < item.num_heads; h++) {
         if (quantized) weigh_quantized(heads[h], span, h * rows, rows, scratch);
@@ -251,7 +254,7 @@ void Attention::fold(size_t num_rows, Scratch& scratch) const {
     for (size_t row = 0; row < num_rows; row++) {
         if (scratch.chunk_max[row] == kMinusInfinity) continue;   // this row sees nothing of the chunk
         const float max = std::max(scratch.total_max[row], scratch.chunk_max[row]);
-        const float alpha = std::exp(scratch.total_max[row] - max), beta = std::exp(scratch.chunk_max[row] - max);
+        const float alpha = std::exp2(scratch.total_max[row] - max), beta = std::exp2(scratch.chunk_max[row] - max);
         ops_.blend(alpha, scratch.sum.data() + row * padded, beta, scratch.chunk.data() + row * padded, padded);
         scratch.total_sum[row] = alpha * scratch.total_sum[row] + beta * scratch.chunk_sum[row];
         scratch.total_max[row] = max;
@@ -331,7 +334,7 @@ void Attention::merge_token(const Split& split, size_t token, size_t kv_head, fl
             const float* from = part(split, token, kv_head, chunk) + g * (padded + 2);
             if (from[padded] == kMinusInfinity) continue;
             const float max = std::max(total_max, from[padded]);
-            const float alpha = std::exp(total_max - max), beta = std::exp(from[padded] - max);
+            const float alpha = std::exp2(total_max - max), beta = std::exp2(from[padded] - max);
             ops_.blend(alpha, sum, beta, from, padded);
             total_sum = alpha * total_sum + beta * from[padded + 1];
             total_max = max;

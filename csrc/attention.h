@@ -5,7 +5,7 @@
 // exact sums of integers and nothing is dequantised.
 //
 // One row of attention always means the same arithmetic, whatever comes with it: the context is cut at multiples of
-// 256 positions; inside a chunk, scores -> max -> exp -> sum -> weighted values; chunks are merged in ascending order.
+// 256 positions; inside a chunk, scores -> max -> powers of two -> sum -> weighted values; chunks are merged in ascending order.
 // A few queries over a long context spread its chunks over the threads and merge them afterwards. Their items follow the
 // cache's layout, so that a thread reads one stream of memory.
 #pragma once
@@ -54,10 +54,10 @@ private:
     };
     struct Scratch {   // of one thread
         std::vector<float> query, scores, chunk, sum;
-        std::vector<float> chunk_max, chunk_sum, total_max, total_sum;
+        std::vector<float> chunk_max, chunk_sum, total_max, total_sum, weight_scale;
         // Of a quantised cache: queries as int8, the chunk's value scales, weights as integers.
         std::vector<int8_t> query_codes;
-        std::vector<float> query_scale, value_scale, weight_scale;
+        std::vector<float> query_scale, value_scale;
         std::vector<int32_t> query_correction, query_sums;
         std::vector<uint8_t> high, low;
     };

@@ -32,6 +32,12 @@ struct WeightPlanes {
 using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& weights, int num_rows,
                           const float* scale, float* c, size_t c_stride);
 
+// Of one row of scores: weights are 2^(score - max), in units of `unit` where they are integers; `sum` is that of the
+// weights themselves.
+struct Softmax {
+    float max, sum, unit;
+};
+
 struct Ops {
     const char* name;
     int tile_rows;                // the most rows that a tile takes, kMaxTileRows or fewer
@@ -45,15 +51,15 @@ struct Ops {
     float (*quantize_wide)(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16);
     // One scale for n values, n a multiple of 16.
     float (*quantize_vector)(const float* x, size_t n, int8_t* q);
-    // p[i] scale[i] >= 0 as 14-bit numbers 128 high[i] + low[i], times what is returned; n a multiple of 32.
-    float (*quantize_weights)(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low);
     void (*to_f16)(const float* x, size_t n, uint16_t* y);   // n a multiple of 16; saturates at +-65504
     // y = x / sqrt(mean(x^2) + eps) * weight
     void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* y);
     void (*silu_mul)(const float* gate, const float* up, size_t n, float* y);   // y = up * gate / (1 + exp(-gate))
     void (*blend)(float alpha, float* x, float beta, const float* y, size_t n); // x = alpha x + beta y; n % 16 == 0
-    // In place over n scores (a multiple of 32): exp(s - max) inside [low, high), 0 outside. Returns max and sum.
-    void (*softmax)(float* s, size_t n, size_t low, size_t high, float* max, float* sum);
+    // In place over n scores (a multiple of 32): 2^(s - max) inside [first, last), 0 outside.
+    Softmax (*softmax)(float* s, size_t n, size_t first, size_t last);
+    // The same, every weight times its scale >= 0 and rounded to 14 bits: 128 high + low, times unit. s is used up.
+    Softmax (*quantized_softmax)(float* s, const float* scale, size_t n, size_t first, size_t last, uint8_t* high, uint8_t* low);
     // Calibration: keep the int8 units busy (returns operations done), read bytes as fast as possible.
     uint64_t (*spin_int8)(uint64_t iterations);
     uint64_t (*read_bytes)(const uint8_t* data, size_t bytes);

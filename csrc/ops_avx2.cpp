@@ -365,26 +365,6 @@ float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int3
     return max / 127.0f * 0x1p-30f;
 }
 
-// Four 32-bit numbers of one byte each, packed.
-INLINE void store_bytes(__m256i x, uint8_t* to) {
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
-}
-
-float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
-    __m256 top = _mm256_setzero_ps();
-    for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(scale + i)));
-    const float max = reduce_max(top);
-    const __m256 inverse = _mm256_set1_ps(max > 0 ? 16383.0f / max : 0);
-    for (size_t i = 0; i < n; i += 8) {
-        const __m256 weight = _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_loadu_ps(scale + i));
-        const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(weight, inverse));
-        store_bytes(_mm256_srli_epi32(q, 7), high + i);
-        store_bytes(_mm256_and_si256(q, _mm256_set1_epi32(127)), low + i);
-    }
-    return max / 16383.0f;
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
     const __m256 high = _mm256_set1_ps(65504.0f), low = _mm256_set1_ps(-65504.0f);
     for (size_t i = 0; i < n; i += 8) {
@@ -393,21 +373,31 @@ void to_f16(const float* x, size_t n, uint16_t* y) {
     }
 }
 
-// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
-INLINE __m256 exponential(__m256 x) {
-    x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
-    __m256 p = _mm256_set1_ps(1.0f / 720);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+// 2^(n + r) for a whole n >= -126 and r in [-1/2, 1/2]; see ops_avx512.cpp.
+INLINE __m256 power_of_two(__m256 n, __m256 r) {
+    __m256 p = _mm256_set1_ps(1.32647273e-3f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.67151299e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.55073358e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(2.40222424e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(6.93147004e-1f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+INLINE __m256 nearest(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+INLINE __m256 power_of_two(__m256 x) {
+    x = _mm256_max_ps(x, _mm256_set1_ps(-126.0f));
+    const __m256 n = nearest(x);
+    return power_of_two(n, _mm256_sub_ps(x, n));
+}
+
+INLINE __m256 exponential(__m256 x) {
+    x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
+    const __m256 n = nearest(_mm256_mul_ps(x, _mm256_set1_ps(1.44269502f)));
+    const __m256 r = _mm256_fmsub_ps(x, _mm256_set1_ps(1.44269502f), n);
+    return power_of_two(n, _mm256_fmadd_ps(x, _mm256_set1_ps(1.92596304e-8f), r));
 }
 
 // Lanes below n - i.
@@ -446,9 +436,10 @@ void blend(float alpha, float* x, float beta, const float* y, size_t n) {
         _mm256_storeu_ps(x + i, _mm256_fmadd_ps(b, _mm256_loadu_ps(y + i), _mm256_mul_ps(a, _mm256_loadu_ps(x + i))));
 }
 
-void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+template <bool kScaled>   // as in ops_avx512.cpp
+INLINE Softmax weigh(float* s, const float* scale, size_t n, size_t first, size_t last) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i before = _mm256_set1_epi32(int(low) - 1), end = _mm256_set1_epi32(int(high));
+    const __m256i before = _mm256_set1_epi32(int(first) - 1), end = _mm256_set1_epi32(int(last));
     const auto inside = [&](size_t i) __attribute__((always_inline)) {
         const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(int(i)), lane);
         return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpgt_epi32(index, before), _mm256_cmpgt_epi32(end, index)));
@@ -456,15 +447,39 @@ void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum
     const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
     __m256 top = lowest;
     for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, _mm256_blendv_ps(lowest, _mm256_loadu_ps(s + i), inside(i)));
-    *max = reduce_max(top);
-    const __m256 shift = _mm256_set1_ps(*max);
-    __m256 total = _mm256_setzero_ps();
+    const float max = reduce_max(top);
+    const __m256 shift = _mm256_set1_ps(max);
+    __m256 total = _mm256_setzero_ps(), largest = total;
     for (size_t i = 0; i < n; i += 8) {
-        const __m256 p = _mm256_and_ps(inside(i), exponential(_mm256_sub_ps(_mm256_loadu_ps(s + i), shift)));
+        __m256 p = _mm256_and_ps(inside(i), power_of_two(_mm256_sub_ps(_mm256_loadu_ps(s + i), shift)));
         total = _mm256_add_ps(total, p);
+        if constexpr (kScaled) {
+            p = _mm256_mul_ps(p, _mm256_loadu_ps(scale + i));
+            largest = _mm256_max_ps(largest, p);
+        }
         _mm256_storeu_ps(s + i, p);
     }
-    *sum = reduce_add(total);
+    return {max, reduce_add(total), kScaled ? reduce_max(largest) : 1.0f};
+}
+
+Softmax softmax(float* s, size_t n, size_t first, size_t last) { return weigh<false>(s, nullptr, n, first, last); }
+
+// Four 32-bit numbers of one byte each, packed.
+INLINE void store_bytes(__m256i x, uint8_t* to) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+
+Softmax quantized_softmax(float* s, const float* scale, size_t n, size_t first, size_t last, uint8_t* high, uint8_t* low) {
+    Softmax result = weigh<true>(s, scale, n, first, last);
+    const __m256 inverse = _mm256_set1_ps(result.unit > 0 ? 16383.0f / result.unit : 0);
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(s + i), inverse));
+        store_bytes(_mm256_srli_epi32(q, 7), high + i);
+        store_bytes(_mm256_and_si256(q, _mm256_set1_epi32(127)), low + i);
+    }
+    result.unit /= 16383.0f;
+    return result;
 }
 
 uint64_t spin_int8(uint64_t iterations) {
@@ -501,7 +516,7 @@ const Ops& ops_avx2() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, to_f16, rms_norm, silu_mul, blend, softmax, quantized_softmax, spin_int8, read_bytes,
     };
     return table;
 }

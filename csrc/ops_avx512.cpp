@@ -385,20 +385,6 @@ float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int3
     return max / 127.0f * 0x1p-30f;
 }
 
-float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
-    __m512 top = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i)));
-    const float max = _mm512_reduce_max_ps(top);
-    const __m512 inverse = _mm512_set1_ps(max > 0 ? 16383.0f / max : 0);
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i));
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(weight, inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 7)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(_mm512_and_si512(q, _mm512_set1_epi32(127))));
-    }
-    return max / 16383.0f;
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
     const __m512 high = _mm512_set1_ps(65504.0f), low = _mm512_set1_ps(-65504.0f);
     for (size_t i = 0; i < n; i += 16) {
@@ -407,20 +393,30 @@ void to_f16(const float* x, size_t n, uint16_t* y) {
     }
 }
 
-// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+// 2^(n + r) for a whole n and r in [-1/2, 1/2]: a minimax polynomial, relative error < 2e-7.
+INLINE __m512 power_of_two(__m512 n, __m512 r) {
+    __m512 p = _mm512_set1_ps(1.32647273e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.67151299e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55073358e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40222424e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147004e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
+}
+
+// 2^x; below -126 it stays at 2^-126.
+INLINE __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 n = _mm512_roundscale_ps(x, 0);
+    return power_of_two(n, _mm512_sub_ps(x, n));
+}
+
+// exp(x), x <= about 88. The second constant is what log2 e is beyond the first.
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269502f)), 0);
+    const __m512 r = _mm512_fmsub_ps(x, _mm512_set1_ps(1.44269502f), n);
+    return power_of_two(n, _mm512_fmadd_ps(x, _mm512_set1_ps(1.92596304e-8f), r));
 }
 
 INLINE __mmask16 tail_mask(size_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
@@ -456,38 +452,61 @@ void blend(float alpha, float* x, float beta, const float* y, size_t n) {
         _mm512_storeu_ps(x + i, _mm512_fmadd_ps(b, _mm512_loadu_ps(y + i), _mm512_mul_ps(a, _mm512_loadu_ps(x + i))));
 }
 
-// With kAll every score is inside.
-template <bool kAll>
-INLINE void softmax_scores(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
+// What both kinds of softmax share. kAll: every score is inside; kScaled: weights are multiplied with their scales, and the
+// largest product is returned in `unit`.
+template <bool kAll, bool kScaled>
+INLINE Softmax weigh(float* s, const float* scale, size_t n, size_t first, size_t last) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i first = _mm512_set1_epi32(int(low)), last = _mm512_set1_epi32(int(high));
+    const __m512i begin = _mm512_set1_epi32(int(first)), end = _mm512_set1_epi32(int(last));
     const auto inside = [&](size_t i) __attribute__((always_inline)) {
         if constexpr (kAll) return __mmask16(0xffff);
         const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int(i)), lane);
-        return _mm512_kand(_mm512_cmpge_epi32_mask(index, first), _mm512_cmplt_epi32_mask(index, last));
+        return _mm512_kand(_mm512_cmpge_epi32_mask(index, begin), _mm512_cmplt_epi32_mask(index, end));
     };
     __m512 top[2];   // scores come in multiples of 32
     top[0] = top[1] = _mm512_set1_ps(-__builtin_inff());
     for (size_t i = 0; i < n; i += 32)
         UNROLL for (int h = 0; h < 2; h++)
             top[h] = _mm512_mask_max_ps(top[h], inside(i + 16 * h), top[h], _mm512_loadu_ps(s + i + 16 * h));
-    *max = _mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1]));
-    const __m512 shift = _mm512_set1_ps(*max);
-    __m512 total = _mm512_setzero_ps();
+    const float max = _mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1]));
+    const __m512 shift = _mm512_set1_ps(max);
+    __m512 total = _mm512_setzero_ps(), largest[2];
+    largest[0] = largest[1] = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 32) {
         UNROLL for (int h = 0; h < 2; h++) {
             float* at = s + i + 16 * h;
-            const __m512 p = _mm512_maskz_mov_ps(inside(i + 16 * h), exponential(_mm512_sub_ps(_mm512_loadu_ps(at), shift)));
+            __m512 p = _mm512_maskz_mov_ps(inside(i + 16 * h), power_of_two(_mm512_sub_ps(_mm512_loadu_ps(at), shift)));
             total = _mm512_add_ps(total, p);
+            if constexpr (kScaled) {
+                p = _mm512_mul_ps(p, _mm512_loadu_ps(scale + i + 16 * h));
+                largest[h] = _mm512_max_ps(largest[h], p);
+            }
             _mm512_storeu_ps(at, p);
         }
     }
-    *sum = _mm512_reduce_add_ps(total);
+    return {max, _mm512_reduce_add_ps(total), kScaled ? _mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1])) : 1.0f};
 }
 
-void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
-    if (low == 0 && high == n) softmax_scores<true>(s, n, low, high, max, sum);
-    else softmax_scores<false>(s, n, low, high, max, sum);
+Softmax softmax(float* s, size_t n, size_t first, size_t last) {
+    return first == 0 && last == n ? weigh<true, false>(s, nullptr, n, first, last) : weigh<false, false>(s, nullptr, n, first, last);
+}
+
+Softmax quantized_softmax(float* s, const float* scale, size_t n, size_t first, size_t last, uint8_t* high, uint8_t* low) {
+    Softmax result = first == 0 && last == n ? weigh<true, true>(s, scale, n, first, last) : weigh<false, true>(s, scale, n, first, last);
+    const __m512 inverse = _mm512_set1_ps(result.unit > 0 ? 16383.0f / result.unit : 0);
+    // Packing puts numbers of both vectors, and of both planes, by turns into lanes of 128 bits: back into order by fours.
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (size_t i = 0; i < n; i += 32) {
+        __m512i q[2];
+        UNROLL for (int h = 0; h < 2; h++) q[h] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(s + i + 16 * h), inverse));
+        const __m512i words = _mm512_packus_epi32(q[0], q[1]);
+        const __m512i planes = _mm512_packus_epi16(_mm512_srli_epi16(words, 7), _mm512_and_si512(words, _mm512_set1_epi16(127)));
+        const __m512i ordered = _mm512_permutexvar_epi32(order, planes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_castsi512_si256(ordered));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), _mm512_extracti64x4_epi64(ordered, 1));
+    }
+    result.unit /= 16383.0f;
+    return result;
 }
 
 uint64_t spin_int8(uint64_t iterations) {
@@ -522,7 +541,7 @@ const Ops& ops_avx512() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, to_f16, rms_norm, silu_mul, blend, softmax, quantized_softmax, spin_int8, read_bytes,
     };
     return table;
 }

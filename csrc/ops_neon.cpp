@@ -352,26 +352,6 @@ float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int3
     return max / 127.0f * 0x1p-30f;
 }
 
-float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
-    float32x4_t top = vdupq_n_f32(0);
-    for (size_t i = 0; i < n; i += kLanes) top = vmaxq_f32(top, vmulq_f32(vld1q_f32(p + i), vld1q_f32(scale + i)));
-    const float max = vmaxvq_f32(top), inverse = max > 0 ? 16383.0f / max : 0;
-    for (size_t i = 0; i < n; i += 16) {
-        uint16x8_t words[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-            uint32x4_t q[2];
-            UNROLL for (int h = 0; h < 2; h++) {
-                const size_t at = i + 8 * j + kLanes * h;
-                q[h] = vcvtnq_u32_f32(vmulq_n_f32(vmulq_f32(vld1q_f32(p + at), vld1q_f32(scale + at)), inverse));
-            }
-            words[j] = vmovn_high_u32(vmovn_u32(q[0]), q[1]);
-        }
-        vst1q_u8(high + i, vmovn_high_u16(vmovn_u16(vshrq_n_u16(words[0], 7)), vshrq_n_u16(words[1], 7)));
-        vst1q_u8(low + i, vandq_u8(vmovn_high_u16(vmovn_u16(words[0]), words[1]), vdupq_n_u8(127)));
-    }
-    return max / 16383.0f;
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
     const float32x4_t high = vdupq_n_f32(65504.0f), low = vdupq_n_f32(-65504.0f);
     for (size_t i = 0; i < n; i += kLanes) {
@@ -380,22 +360,30 @@ void to_f16(const float* x, size_t n, uint16_t* y) {
     }
 }
 
-// exp(x), x <= about 88: 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2], degree-6 polynomial; relative error < 2e-7.
-INLINE float32x4_t exponential(float32x4_t x) {
-    x = vmaxq_f32(x, vdupq_n_f32(-87.3f));
-    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
-    float32x4_t r = vfmsq_n_f32(x, n, 0.693145752f);
-    r = vfmsq_n_f32(r, n, 1.42860677e-6f);
-    float32x4_t p = vdupq_n_f32(1.0f / 720);
-    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
-    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
-    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
-    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
-    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+// 2^(n + r) for a whole n >= -126 and r in [-1/2, 1/2]; see ops_avx512.cpp.
+INLINE float32x4_t power_of_two(float32x4_t n, float32x4_t r) {
+    float32x4_t p = vdupq_n_f32(1.32647273e-3f);
+    p = vfmaq_f32(vdupq_n_f32(9.67151299e-3f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(5.55073358e-2f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(2.40222424e-1f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(6.93147004e-1f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
     // Unsigned: the exponent of a lane that is masked out later may overflow.
     const uint32x4_t power = vshlq_n_u32(vaddq_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(n)), vdupq_n_u32(127)), 23);
     return vmulq_f32(p, vreinterpretq_f32_u32(power));
+}
+
+INLINE float32x4_t power_of_two(float32x4_t x) {
+    x = vmaxq_f32(x, vdupq_n_f32(-126.0f));
+    const float32x4_t n = vrndnq_f32(x);
+    return power_of_two(n, vsubq_f32(x, n));
+}
+
+INLINE float32x4_t exponential(float32x4_t x) {
+    x = vmaxq_f32(x, vdupq_n_f32(-87.3f));
+    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269502f));
+    const float32x4_t r = vfmaq_n_f32(vnegq_f32(n), x, 1.44269502f);
+    return power_of_two(n, vfmaq_n_f32(r, x, 1.92596304e-8f));
 }
 
 // The first min(4, left) values, then zeros.
@@ -451,14 +439,15 @@ void blend(float alpha, float* x, float beta, const float* y, size_t n) {
         vst1q_f32(x + i, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(x + i), alpha), vld1q_f32(y + i), beta));
 }
 
-void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
-    const uint32x4_t lane = {0, 1, 2, 3}, start = vdupq_n_u32(uint32_t(low)), end = vdupq_n_u32(uint32_t(high));
+template <bool kScaled>   // as in ops_avx512.cpp
+INLINE Softmax weigh(float* s, const float* scale, size_t n, size_t first, size_t last) {
+    const uint32x4_t lane = {0, 1, 2, 3}, start = vdupq_n_u32(uint32_t(first)), end = vdupq_n_u32(uint32_t(last));
     const auto inside = [&](size_t i) __attribute__((always_inline)) {
         const uint32x4_t index = vaddq_u32(vdupq_n_u32(uint32_t(i)), lane);
         return vandq_u32(vcgeq_u32(index, start), vcltq_u32(index, end));
     };
     const float32x4_t lowest = vdupq_n_f32(-__builtin_inff());
-    float32x4_t top[4], total[4];
+    float32x4_t top[4], total[4], largest = vdupq_n_f32(0);
     UNROLL for (int j = 0; j < 4; j++) {
         top[j] = lowest;
         total[j] = vdupq_n_f32(0);
@@ -469,18 +458,41 @@ void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum
             top[j] = vmaxq_f32(top[j], vbslq_f32(inside(at), vld1q_f32(s + at), lowest));
         }
     }
-    *max = vmaxvq_f32(vmaxq_f32(vmaxq_f32(top[0], top[1]), vmaxq_f32(top[2], top[3])));
-    const float32x4_t shift = vdupq_n_f32(*max);
+    const float max = vmaxvq_f32(vmaxq_f32(vmaxq_f32(top[0], top[1]), vmaxq_f32(top[2], top[3])));
+    const float32x4_t shift = vdupq_n_f32(max);
     for (size_t i = 0; i < n; i += 16) {
         UNROLL for (int j = 0; j < 4; j++) {
             const size_t at = i + kLanes * j;
-            const float32x4_t e = exponential(vsubq_f32(vld1q_f32(s + at), shift));
-            const float32x4_t p = vreinterpretq_f32_u32(vandq_u32(inside(at), vreinterpretq_u32_f32(e)));
+            const float32x4_t power = power_of_two(vsubq_f32(vld1q_f32(s + at), shift));
+            float32x4_t p = vreinterpretq_f32_u32(vandq_u32(inside(at), vreinterpretq_u32_f32(power)));
             total[j] = vaddq_f32(total[j], p);
+            if constexpr (kScaled) {
+                p = vmulq_f32(p, vld1q_f32(scale + at));
+                largest = vmaxq_f32(largest, p);
+            }
             vst1q_f32(s + at, p);
         }
     }
-    *sum = add_up(total);
+    return {max, add_up(total), kScaled ? vmaxvq_f32(largest) : 1.0f};
+}
+
+Softmax softmax(float* s, size_t n, size_t first, size_t last) { return weigh<false>(s, nullptr, n, first, last); }
+
+Softmax quantized_softmax(float* s, const float* scale, size_t n, size_t first, size_t last, uint8_t* high, uint8_t* low) {
+    Softmax result = weigh<true>(s, scale, n, first, last);
+    const float inverse = result.unit > 0 ? 16383.0f / result.unit : 0;
+    for (size_t i = 0; i < n; i += 16) {
+        uint16x8_t words[2];
+        UNROLL for (int j = 0; j < 2; j++) {
+            uint32x4_t q[2];
+            UNROLL for (int h = 0; h < 2; h++) q[h] = vcvtnq_u32_f32(vmulq_n_f32(vld1q_f32(s + i + 8 * j + kLanes * h), inverse));
+            words[j] = vmovn_high_u32(vmovn_u32(q[0]), q[1]);
+        }
+        vst1q_u8(high + i, vmovn_high_u16(vmovn_u16(vshrq_n_u16(words[0], 7)), vshrq_n_u16(words[1], 7)));
+        vst1q_u8(low + i, vandq_u8(vmovn_high_u16(vmovn_u16(words[0]), words[1]), vdupq_n_u8(127)));
+    }
+    result.unit /= 16383.0f;
+    return result;
 }
 
 uint64_t spin_int8(uint64_t iterations) {
@@ -517,7 +529,7 @@ const Ops& ops_neon() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<Element::F32>, panel<Element::F16>, panel<Element::BF16>},
         values<8>, values<4>,
-        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, to_f16, rms_norm, silu_mul, blend, softmax, quantized_softmax, spin_int8, read_bytes,
     };
     return table;
 }

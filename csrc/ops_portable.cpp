@@ -142,18 +142,6 @@ float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int3
     return std::ldexp(max / 127.0f, -kMaxExponent);
 }
 
-float quantize_weights(const float* p, const float* scale, size_t n, uint8_t* high, uint8_t* low) {
-    float max = 0;
-    for (size_t i = 0; i < n; i++) max = std::max(max, p[i] * scale[i]);
-    const float inverse = max > 0 ? 16383.0f / max : 0;
-    for (size_t i = 0; i < n; i++) {
-        const int q = int(std::nearbyint(p[i] * scale[i] * inverse));
-        high[i] = uint8_t(q >> 7);
-        low[i] = uint8_t(q & 127);
-    }
-    return max / 16383.0f;
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
     for (size_t i = 0; i < n; i++) y[i] = to_f16_scalar(x[i]);
 }
@@ -174,16 +162,32 @@ void blend(float alpha, float* x, float beta, const float* y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = alpha * x[i] + beta * y[i];
 }
 
-void softmax(float* s, size_t n, size_t low, size_t high, float* max, float* sum) {
-    float top = -INFINITY, lanes[16] = {}, total = 0;
-    for (size_t i = low; i < high; i++) top = std::max(top, s[i]);
+Softmax softmax(float* s, size_t n, size_t first, size_t last) {
+    float max = -INFINITY, lanes[16] = {}, sum = 0;
+    for (size_t i = first; i < last; i++) max = std::max(max, s[i]);
     for (size_t i = 0; i < n; i++) {
-        s[i] = i >= low && i < high ? std::exp(s[i] - top) : 0;
+        s[i] = i >= first && i < last ? std::exp2(s[i] - max) : 0;
         lanes[i % 16] += s[i];
     }
-    for (float lane : lanes) total += lane;
-    *max = top;
-    *sum = total;
+    for (float lane : lanes) sum += lane;
+    return {max, sum, 1};
+}
+
+Softmax quantized_softmax(float* s, const float* scale, size_t n, size_t first, size_t last, uint8_t* high, uint8_t* low) {
+    Softmax result = softmax(s, n, first, last);
+    float top = 0;
+    for (size_t i = 0; i < n; i++) {
+        s[i] *= scale[i];
+        top = std::max(top, s[i]);
+    }
+    const float inverse = top > 0 ? 16383.0f / top : 0;
+    for (size_t i = 0; i < n; i++) {
+        const int q = int(std::nearbyint(s[i] * inverse));
+        high[i] = uint8_t(q >> 7);
+        low[i] = uint8_t(q & 127);
+    }
+    result.unit = top / 16383.0f;
+    return result;
 }
 
 uint64_t spin_int8(uint64_t iterations) {
@@ -213,7 +217,7 @@ const Ops& ops_portable() {
          tile<Kind::Q5_1>, tile<Kind::Q4_K>, tile<Kind::Q5_K>, tile<Kind::Q6_K>, tile<Kind::IQ4_NL>, tile<Kind::NL4>},
         {panel<float, load_f32>, panel<uint16_t, from_f16>, panel<uint16_t, from_bf16>},
         values<8>, values<4>,
-        quantize_row, quantize_wide, quantize_vector, quantize_weights, to_f16, rms_norm, silu_mul, blend, softmax, spin_int8, read_bytes,
+        quantize_row, quantize_wide, quantize_vector, to_f16, rms_norm, silu_mul, blend, softmax, quantized_softmax, spin_int8, read_bytes,
     };
     return table;
 }

@@ -7,6 +7,7 @@
 //              not. On realistic data a sum of n terms may differ by n * epsilon * sum |terms|: each side rounds a term
 //              at most n times, by at most epsilon / 2. Functions that use exp may add 4 epsilon.
 //   rows       a row alone equals, bit for bit, the same row among others; nothing outside the result is written.
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -318,20 +319,6 @@ void check_silu_mul(Check& check, const Ops& ops) {
     }
 }
 
-void check_quantize_weights(Check& check, const Ops& ops) {
-    Random random(6);
-    for (const size_t n : {32, 96, 256}) {
-        for (const float top : {0.0f, 1e-30f, 1.0f}) {
-            const std::vector<float> p = random.uniforms(n, 0, top), scale = random.uniforms(n, 0, 3);
-            std::vector<uint8_t> high(n + 16, 7), low = high, expected_high = high, expected_low = high;
-            const float unit = ops.quantize_weights(p.data(), scale.data(), n, high.data(), low.data());
-            check.close(unit, ops_portable().quantize_weights(p.data(), scale.data(), n, expected_high.data(), expected_low.data()), 0, "unit");
-            check.same(high, expected_high, "high plane");
-            check.same(low, expected_low, "low plane");
-        }
-    }
-}
-
 // Integer sums: every instruction set gives the same bits, at the ends of the ranges too.
 void check_values(Check& check, ValuesFn values, ValuesFn portable) {
     Random random(7);
@@ -378,6 +365,27 @@ void check_blend(Check& check, const Ops& ops) {
     }
 }
 
+// `weights` are those without scales. Where a product lies next to the middle of two numbers either may come.
+void check_quantized_softmax(Check& check, const Ops& ops, std::vector<float> scores, const std::vector<float>& weights, size_t n,
+                             size_t low, size_t high, const Softmax& wanted, double sum_bound) {
+    for (const float size : {0.0f, 1.0f}) {
+        std::vector<float> s = scores, scale = Random(9).uniforms(n, 0, size);
+        std::vector<uint8_t> high_plane(n + 16, 7), low_plane(n + 16, 7);
+        const Softmax result = ops.quantized_softmax(s.data(), scale.data(), n, low, high, high_plane.data(), low_plane.data());
+        check.close(result.max, wanted.max, 0, "quantised: maximum");
+        check.close(result.sum, wanted.sum, sum_bound, "quantised: sum");
+        double top = 0;
+        for (size_t i = 0; i < n; i++) top = std::max(top, double(weights[i]) * scale[i]);
+        check.close(result.unit, top / 16383, 8 * kEpsilon * top, "quantised: unit");
+        for (size_t i = 0; i < n; i++) {
+            check.close(std::max(high_plane[i], low_plane[i]) <= 127, true, 0, "quantised: 7 bits");
+            const double number = 128 * high_plane[i] + low_plane[i], exact = top > 0 ? weights[i] * scale[i] / top * 16383 : 0;
+            check.close(number, exact, 0.51, "quantised: weight " + std::to_string(i));
+        }
+        for (size_t i = n; i < high_plane.size(); i++) check.close(high_plane[i] + low_plane[i], 14, 0, "quantised: outside");
+    }
+}
+
 void check_softmax(Check& check, const Ops& ops) {
     Random random(8);
     for (const size_t n : {32, 64, 256}) {
@@ -389,14 +397,15 @@ void check_softmax(Check& check, const Ops& ops) {
                 for (size_t i = 0; i < n; i++)
                     if (i < low || i >= high) s[i] = outside[i % 4];
                 std::vector<float> expected = s;
-                float max, sum, expected_max, expected_sum;
-                ops.softmax(s.data(), n, low, high, &max, &sum);
-                ops_portable().softmax(expected.data(), n, low, high, &expected_max, &expected_sum);
+                const std::vector<float> scores = s;
+                const Softmax result = ops.softmax(s.data(), n, low, high);
+                const Softmax wanted = ops_portable().softmax(expected.data(), n, low, high);
                 const std::string where = std::to_string(low) + " to " + std::to_string(high) + " of " + std::to_string(n);
-                check.close(max, expected_max, 0, "maximum of " + where);
-                const double bound = flat || low == high ? 0 : (double(n) / 8 + 12) * kEpsilon * expected_sum;
-                check.close(sum, expected_sum, bound, "sum of " + where);
-                for (size_t i = 0; i < s.size(); i++) {   // exp stops at -87.3 on one side
+                check.close(result.max, wanted.max, 0, "maximum of " + where);
+                const double bound = flat || low == high ? 0 : (double(n) / 8 + 12) * kEpsilon * wanted.sum;
+                check.close(result.sum, wanted.sum, bound, "sum of " + where);
+                check_quantized_softmax(check, ops, scores, expected, n, low, high, wanted, bound);
+                for (size_t i = 0; i < s.size(); i++) {   // powers of two stop at 2^-126 on one side
                     const bool exact = flat || i < low || i >= high;
                     check.close(s[i], expected[i], exact ? 0 : 4 * kEpsilon * expected[i] + 2e-38, where);
                 }
@@ -437,7 +446,6 @@ bool compare(const Ops& ops) {
     report("to_f16", check_to_f16, ops);
     report("rms_norm", check_rms_norm, ops);
     report("silu_mul", check_silu_mul, ops);
-    report("quantize_weights", check_quantize_weights, ops);
     report("blend", check_blend, ops);
     report("softmax", check_softmax, ops);
     report("calibration", check_calibration, ops);
