@@ -8,10 +8,11 @@
 //   low plane   4-, 5-, 6-bit codes: for j = s / 2, h = 0..1 one vector; low nibble step 2j, high nibble step 2j+1
 //               8-bit codes: for every s, h = 0..1 one vector of code + 128
 //   high plane  5 bits: for h = 0..1 one vector, bit s of a byte belongs to step s
-//               6 bits: for h = 0..1, i = 0..1 one vector, bits 2(s-4i) and +1 belong to step s
+//               6 bits: for i = 0..1, h = 0..1 one vector, bits 2(s-4i) and +1 belong to step s
 //   scales      see Scale below
 //
-// Every part is a multiple of 64 bytes, so aligned loads and one forward stream suffice.
+// A vector of high bits lies before the low ones that it completes, scales lie last: addresses rise in the order in which a
+// kernel reads (Q6_K's, which it needs in between, in the middle). Where they jumped, memory gave a third less. Every part is a multiple of 64 bytes.
 // Float blocks are panels [K][32]: also the layout of keys ([head_dim][32 tokens]) and values ([32 tokens][32]).
 #pragma once
 #include <cstddef>
@@ -55,7 +56,18 @@ struct Layout {
     constexpr size_t code_bytes() const {
         return bits == 8 ? group * kBlockColumns : group * kBlockColumns / 2 + size_t(bits - 4) * 128;
     }
-    constexpr int steps() const { return int(group) / 4; }
+    constexpr size_t steps() const { return group / 4; }
+    constexpr size_t high_steps() const { return bits == 5 ? 8 : bits == 6 ? 4 : steps(); }   // that a vector of high bits covers
+    // The vectors of a step, half 0; the other half's are 64 bytes on. Two steps share a vector of nibbles.
+    constexpr size_t code_offset(size_t step) const {
+        if (bits == 8) return step * 128;
+        if (bits == 4) return step / 2 * 128;
+        return high_offset(step) + 128 + step % high_steps() / 2 * 128;
+    }
+    constexpr size_t high_offset(size_t step) const { return step / high_steps() * (high_steps() * 64 + 128 + (has_halves() ? 64 : 0)); }
+    constexpr int high_shift(size_t step) const { return int(step % high_steps()) * (bits - 4); }
+    constexpr bool has_halves() const { return scale == Scale::SuperHalf; }   // its scales lie between them
+    constexpr size_t scale_offset() const { return has_halves() ? code_bytes() / 2 : code_bytes(); }
     constexpr bool is_wide() const { return group == kWideGroup; }
 };
 

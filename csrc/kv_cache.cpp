@@ -120,7 +120,7 @@ void KvCache::put_quantized(const Ops& ops, const Head& head, size_t slot, const
     for (size_t g = 0; g < padded / 32; g++) {
         uint8_t* group = head.keys + g * layout.group_bytes;
         put_codes(layout, slot, key_code + 32 * g, group);
-        put_half(group + layout.code_bytes() + 2 * slot, key_scale[g]);
+        put_half(group + layout.scale_offset() + 2 * slot, key_scale[g]);
     }
     // It is one k of V's panels: byte slot % 4 of step slot / 4, for every dim.
     const size_t step = slot / 4;

@@ -32,18 +32,20 @@ constexpr bool is_signed(Kind kind) { return layout_of(kind).bits == 8 || layout
 // Codes of step kStep for the 8 rows at vector offset `lane` (0 or 32 bytes) of half `half`.
 template <Kind kKind, int kStep>
 INLINE __m256i codes_of(const uint8_t* w, int half, int lane) {
-    constexpr int kBits = layout_of(kKind).bits;
+    constexpr Layout layout = layout_of(kKind);
+    constexpr int kBits = layout.bits;
+    w += half * 64 + lane;
+    __m256i v = load(w + layout.code_offset(kStep));
     if constexpr (kBits == 8) {
-        return _mm256_xor_si256(load(w + (2 * kStep + half) * 64 + lane), _mm256_set1_epi8(char(0x80)));
+        return _mm256_xor_si256(v, _mm256_set1_epi8(char(0x80)));
     } else {
-        __m256i v = load(w + (2 * (kStep / 2) + half) * 64 + lane);
         if constexpr (kStep % 2) v = _mm256_srli_epi16(v, 4);
         v = _mm256_and_si256(v, _mm256_set1_epi8(15));
         if constexpr (constexpr const int8_t* levels = layout_of(kKind).levels; levels != nullptr)
             return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels))), v);
         if constexpr (kBits > 4) {
-            constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
-            __m256i high = load(w + 512 + half * (kBits - 4) * 64 + (kBits == 6 ? kStep / 4 * 64 : 0) + lane);
+            constexpr int shift = layout.high_shift(kStep) - 4;
+            __m256i high = load(w + layout.high_offset(kStep));
             if constexpr (shift > 0) high = _mm256_srli_epi16(high, shift);
             if constexpr (shift < 0) high = _mm256_slli_epi16(high, -shift);
             v = _mm256_or_si256(v, _mm256_and_si256(high, _mm256_set1_epi8(kBits == 5 ? 0x10 : 0x30)));
@@ -129,7 +131,7 @@ INLINE void tile_part(const uint8_t* w, Prefetch prefetch, int first, const Quan
                 w += layout.super_bytes;
             }
         }
-        const uint8_t* scales = w + layout.code_bytes();
+        const uint8_t* scales = w + layout.scale_offset();
         UNROLL for (int part = 0; part < parts; part++) {
             __m256i dot[kRows][kVectors];
             UNROLL for (int m = 0; m < kRows; m++)

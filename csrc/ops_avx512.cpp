@@ -25,9 +25,9 @@ INLINE __m512i broadcast4(const void* p) {
     return _mm512_set1_epi32(four);
 }
 
-// What is multiplied in step s for 16 rows, given its nibble vector (already shifted for odd steps) and the high plane.
+// What is multiplied in a step for 16 rows, given its nibbles (already shifted for odd steps) and its vector of high bits.
 template <Kind kKind, int kStep>
-INLINE __m512i values_of(__m512i nibbles, const uint8_t* high_half) {
+INLINE __m512i values_of(__m512i nibbles, const uint8_t* high_bits) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits;
     const __m512i low = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
@@ -36,8 +36,8 @@ INLINE __m512i values_of(__m512i nibbles, const uint8_t* high_half) {
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), low);
     }
     if constexpr (kBits == 4) return low;
-    constexpr int shift = kBits == 5 ? kStep - 4 : 2 * (kStep % 4) - 4;
-    __m512i high = load(kBits == 5 ? high_half : high_half + kStep / 4 * 64);
+    constexpr int shift = layout.high_shift(kStep) - 4;
+    __m512i high = load(high_bits);
     if constexpr (shift > 0) high = _mm512_srli_epi16(high, shift);
     if constexpr (shift < 0) high = _mm512_slli_epi16(high, -shift);
     // low | (high & mask)
@@ -73,21 +73,19 @@ struct Cursor {
 template <Kind kKind, int kStep, int kRows>
 INLINE void step(const uint8_t* w, Prefetch prefetch, const Cursor<const int8_t, kRows>& q, Accumulators<kRows>& acc) {
     constexpr Layout layout = layout_of(kKind);
-    constexpr int kBits = layout.bits, lines = int(layout.group_bytes) / 64;
+    constexpr int kBits = layout.bits;
+    constexpr size_t lines = layout.group_bytes / 64;
     // Spread over the steps: the processor drops what exceeds its few outstanding misses.
     if constexpr (kRows > 1)
-        for (int i = kStep * lines / layout.steps(); i < (kStep + 1) * lines / layout.steps(); i++)
+        for (size_t i = kStep * lines / layout.steps(); i < (kStep + 1) * lines / layout.steps(); i++)
             if (prefetch.lines & (1u << i)) _mm_prefetch(reinterpret_cast<const char*>(prefetch.next) + 64 * i, _MM_HINT_T1);
     constexpr int set = kStep % Accumulators<kRows>::kSets;
     __m512i codes[2];
     UNROLL for (int h = 0; h < 2; h++) {
-        if constexpr (kBits == 8) {
-            codes[h] = load(w + (2 * kStep + h) * 64);
-        } else {
-            __m512i v = load(w + (2 * (kStep / 2) + h) * 64);
-            if constexpr (kStep % 2) v = _mm512_srli_epi16(v, 4);
-            codes[h] = values_of<kKind, kStep>(v, w + 512 + h * (kBits - 4) * 64);
-        }
+        codes[h] = load(w + layout.code_offset(kStep) + h * 64);
+        if constexpr (kBits == 8) continue;
+        if constexpr (kStep % 2) codes[h] = _mm512_srli_epi16(codes[h], 4);
+        codes[h] = values_of<kKind, kStep>(codes[h], w + layout.high_offset(kStep) + h * 64);
     }
     UNROLL for (int m = 0; m < kRows; m++) {
         const __m512i a = broadcast4(q.row(m) + kStep * 4);
@@ -160,7 +158,7 @@ void tile_rows(const uint8_t* w, Prefetch prefetch, const QuantRows& a, size_t r
                 prefetch.next += layout.super_bytes;
             }
         }
-        const uint8_t* scales = w + layout.code_bytes();
+        const uint8_t* scales = w + layout.scale_offset();
         Accumulators<kRows> acc;
         __m512 d[2];
         if constexpr (layout.scale == Scale::SuperHalf) {

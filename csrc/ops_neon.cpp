@@ -29,7 +29,6 @@ constexpr int kTileRows = 6;
 
 constexpr int kLanes = 4;                                   // float or int32 values of a register
 constexpr int kBlockVectors = int(kBlockColumns) / kLanes;
-constexpr size_t kPlane = 4 * kBlockColumns;                // bytes of both halves' vectors: one step of all columns
 
 // Vectors of 4 columns per pass. Live at once: rows x vectors float sums, rows x (1 accumulator, 1 or 2 vectors of
 // activations), codes and a mask.
@@ -53,21 +52,21 @@ INLINE float32x4_t small_signed(const void* p) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_four(p))))));
 }
 
-// Codes of step kStep for 4 columns: `low` and `high` are their first bytes in the planes.
+// Codes of step kStep for 4 columns, whose bytes begin at w in every plane.
 template <Kind kKind, int kStep>
-INLINE int8x16_t codes_of(const uint8_t* low, const uint8_t* high) {
-    constexpr int kBits = layout_of(kKind).bits;
-    uint8x16_t v;
+INLINE int8x16_t codes_of(const uint8_t* w) {
+    constexpr Layout layout = layout_of(kKind);
+    constexpr int kBits = layout.bits;
+    uint8x16_t v = vld1q_u8(w + layout.code_offset(kStep));
     if constexpr (kBits == 8) {
-        v = veorq_u8(vld1q_u8(low + kStep * kPlane), vdupq_n_u8(0x80));
+        v = veorq_u8(v, vdupq_n_u8(0x80));
     } else {
-        v = vld1q_u8(low + kStep / 2 * kPlane);
         if constexpr (kStep % 2) v = vshrq_n_u8(v, 4);
         else if constexpr (kBits == 4) v = vandq_u8(v, vdupq_n_u8(15));
         if constexpr (layout_of(kKind).levels != nullptr) return vqtbl1q_s8(vld1q_s8(layout_of(kKind).levels), v);
         if constexpr (kBits > 4) {
-            constexpr int shift = kBits == 5 ? kStep : 2 * (kStep % 4);
-            uint8x16_t h = vld1q_u8(kBits == 5 ? high : high + kStep / 4 * 64);
+            constexpr int shift = layout.high_shift(kStep);
+            uint8x16_t h = vld1q_u8(w + layout.high_offset(kStep));
             if constexpr (shift > 0) h = vshrq_n_u8(h, shift);
             if constexpr (shift + kBits - 4 < 8) h = vandq_u8(h, vdupq_n_u8(kBits == 5 ? 1 : 3));
             v = vsliq_n_u8(v, h, 4);   // keeps the low four bits of v, whatever is above them
@@ -83,15 +82,15 @@ struct Accumulators {
 };
 
 template <Kind kKind, int kRows, int kFirst, int kLast>
-INLINE void dot_steps(const uint8_t* low, const uint8_t* high, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
+INLINE void dot_steps(const uint8_t* w, const int8_t* const* q, size_t k, Accumulators<kRows>& acc) {
     if constexpr (kFirst < kLast) {
         constexpr int set = kFirst % Accumulators<kRows>::kSets;
-        const int8x16_t codes = codes_of<kKind, kFirst>(low, high);
+        const int8x16_t codes = codes_of<kKind, kFirst>(w);
         UNROLL for (int m = 0; m < kRows; m++) {
             const int8x16_t a = vld1q_s8(q[m] + k + kFirst / 4 * 16);
             acc.v[set][m] = vdotq_laneq_s32(acc.v[set][m], codes, a, kFirst % 4);
         }
-        dot_steps<kKind, kRows, kFirst + 1, kLast>(low, high, q, k, acc);
+        dot_steps<kKind, kRows, kFirst + 1, kLast>(w, q, k, acc);
     }
 }
 
@@ -126,8 +125,7 @@ INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const 
     constexpr Layout layout = layout_of(kKind);
     constexpr bool has_zero = layout.zero != 0 && layout.bits != 8 && layout.levels == nullptr;   // those are signed instead
     constexpr int parts = layout.scale == Scale::SuperHalf ? 2 : 1;
-    const uint8_t *scales = w + layout.code_bytes(), *low = w + 16 * vector;
-    const uint8_t* high = w + 512 + (layout.bits == 6 ? vector / 4 * 128 + vector % 4 * 16 : 16 * vector);
+    const uint8_t *scales = w + layout.scale_offset(), *codes = w + 16 * vector;
     const int n = kLanes * vector;
     UNROLL for (int part = 0; part < parts; part++) {
         // Without this the compiler keeps the activations of all columns alive at once and spills.
@@ -138,10 +136,10 @@ INLINE void add_group(const uint8_t* w, const uint8_t* super, int vector, const 
             if constexpr (acc.kSets == 2) acc.v[1][m] = vdupq_n_s32(0);
         }
         if constexpr (parts == 1) {
-            dot_steps<kKind, kRows, 0, layout.steps()>(low, high, a.q, g * layout.group, acc);
+            dot_steps<kKind, kRows, 0, layout.steps()>(codes, a.q, g * layout.group, acc);
         } else {
-            if (part == 0) dot_steps<kKind, kRows, 0, 4>(low, high, a.q, g * kGroup, acc);
-            else dot_steps<kKind, kRows, 4, 8>(low, high, a.q, g * kGroup, acc);
+            if (part == 0) dot_steps<kKind, kRows, 0, 4>(codes, a.q, g * kGroup, acc);
+            else dot_steps<kKind, kRows, 4, 8>(codes, a.q, g * kGroup, acc);
         }
         float32x4_t d;
         if constexpr (layout.scale == Scale::Super) d = vmulq_f32(load_half(super + 2 * n), small_unsigned(scales + n));

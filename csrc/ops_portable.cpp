@@ -10,15 +10,13 @@ namespace {
 
 // What is multiplied for row n, step s, position kk in a group.
 template <Kind kKind>
-int code_at(const uint8_t* group, int s, int n, int kk) {
+int code_at(const uint8_t* group, size_t s, int n, int kk) {
     constexpr Layout layout = layout_of(kKind);
     constexpr int kBits = layout.bits;
-    const int half = n / 16, byte = (n % 16) * 4 + kk;
-    if (kBits == 8) return group[(2 * s + half) * 64 + byte];
-    int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
-    const uint8_t* high = group + 512;
-    if (kBits == 5) code |= ((high[half * 64 + byte] >> s) & 1) << 4;
-    if (kBits == 6) code |= ((high[(2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
+    group += n / 16 * 64 + n % 16 * 4 + kk;
+    if constexpr (kBits == 8) return group[layout.code_offset(s)];
+    int code = (group[layout.code_offset(s)] >> (4 * (s % 2))) & 15;
+    if constexpr (kBits > 4) code |= ((group[layout.high_offset(s)] >> layout.high_shift(s)) & (kBits == 5 ? 1 : 3)) << 4;
     if constexpr (layout.levels != nullptr) return layout.levels[code] + layout.zero;
     return code;
 }
@@ -43,12 +41,12 @@ void tile(const uint8_t* block, Prefetch, const QuantRows& a, size_t row, int nu
                 super = reinterpret_cast<const uint16_t*>(w);
                 w += layout.super_bytes;
             }
-            const uint8_t* scales = w + layout.code_bytes();
+            const uint8_t* scales = w + layout.scale_offset();
             const uint16_t* f16 = reinterpret_cast<const uint16_t*>(scales);
             for (int n = 0; n < int(kBlockColumns); n++) {
                 for (int h = 0; h < halves; h++) {
                     int32_t dot = layout.zero ? correction[g * halves + h] : 0;
-                    for (int s = h * layout.steps() / halves; s < (h + 1) * layout.steps() / halves; s++)
+                    for (size_t s = h * layout.steps() / halves; s < (h + 1) * layout.steps() / halves; s++)
                         for (int kk = 0; kk < 4; kk++) dot += code_at<kKind>(w, s, n, kk) * q[g * layout.group + s * 4 + kk];
                     float d;
                     if (layout.scale == Scale::Super) d = from_f16(super[n]) * float(scales[n]);

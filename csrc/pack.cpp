@@ -128,10 +128,10 @@ void put_scales(Kind kind, const Layout& layout, const uint8_t* row, size_t g, s
 int value_at(const Layout& layout, const uint8_t* group, size_t i, size_t n) {
     const size_t half = n / 16, s = i / 4, byte = n % 16 * 4 + i % 4;
     const int bits = layout.bits;
-    if (bits == 8) return group[(2 * s + half) * 64 + byte];
-    int code = (group[(2 * (s / 2) + half) * 64 + byte] >> (4 * (s % 2))) & 15;
-    if (bits == 5) code |= ((group[512 + half * 64 + byte] >> s) & 1) << 4;
-    if (bits == 6) code |= ((group[512 + (2 * half + s / 4) * 64 + byte] >> (2 * (s % 4))) & 3) << 4;
+    group += half * 64 + byte;
+    if (bits == 8) return group[layout.code_offset(s)];
+    int code = (group[layout.code_offset(s)] >> (4 * (s % 2))) & 15;
+    if (bits > 4) code |= ((group[layout.high_offset(s)] >> layout.high_shift(s)) & (bits == 5 ? 1 : 3)) << 4;
     return layout.levels ? layout.levels[code] + layout.zero : code;
 }
 
@@ -139,27 +139,21 @@ int value_at(const Layout& layout, const uint8_t* group, size_t i, size_t n) {
 
 void put_codes(const Layout& layout, size_t n, const uint8_t* codes, uint8_t* group) {
     const int bits = layout.bits;
-    const size_t half = n / 16, lane = n % 16 * 4;
-    const auto put = [&](size_t vector, uint32_t word) { std::memcpy(group + vector * 64 + lane, &word, 4); };
+    group += n / 16 * 64 + n % 16 * 4;
+    const auto put = [&](size_t offset, uint32_t word) { std::memcpy(group + offset, &word, 4); };
     uint32_t step[kWideGroup / 4];
     std::memcpy(step, codes, layout.group);
     if (bits == 8) {
-        for (size_t s = 0; s < 8; s++) put(2 * s + half, step[s]);
+        for (size_t s = 0; s < 8; s++) put(layout.code_offset(s), step[s]);
         return;
     }
     constexpr uint32_t low = 0x0f0f0f0f;
-    for (size_t j = 0; j < layout.group / 8; j++) put(2 * j + half, (step[2 * j] & low) | ((step[2 * j + 1] & low) << 4));
-    const auto high = [&](size_t s) { return (step[s] & ~low) >> 4; };
-    uint32_t word = 0;
-    if (bits == 5) {
-        for (size_t s = 0; s < 8; s++) word |= high(s) << s;
-        put(8 + half, word);
-    }
-    if (bits == 6) {
-        for (size_t i = 0; i < 2; i++, word = 0) {
-            for (size_t s = 0; s < 4; s++) word |= high(4 * i + s) << (2 * s);
-            put(8 + 2 * half + i, word);
-        }
+    for (size_t s = 0; s < layout.steps(); s += 2) put(layout.code_offset(s), (step[s] & low) | ((step[s + 1] & low) << 4));
+    if (bits == 4) return;
+    for (size_t first = 0; first < layout.steps(); first += layout.high_steps()) {
+        uint32_t word = 0;
+        for (size_t s = first; s < first + layout.high_steps(); s++) word |= ((step[s] & ~low) >> 4) << layout.high_shift(s);
+        put(layout.high_offset(first), word);
     }
 }
 
@@ -194,7 +188,7 @@ void pack_block(Kind kind, const uint8_t* const rows[kBlockColumns], size_t dept
             uint8_t codes[kWideGroup];
             codes_of(kind, rows[n], g, codes);
             put_codes(layout, n, codes, block);
-            put_scales(kind, layout, rows[n], g, n, super, block + layout.code_bytes());
+            put_scales(kind, layout, rows[n], g, n, super, block + layout.scale_offset());
         }
         block += layout.group_bytes;
     }
@@ -216,7 +210,7 @@ void unpack_column(Kind kind, const uint8_t* block, size_t n, size_t depth, floa
             super = block;
             block += layout.super_bytes;
         }
-        const uint8_t* scales = block + layout.code_bytes();
+        const uint8_t* scales = block + layout.scale_offset();
         const float first = layout.super_bytes ? from_f16(u16(super + 2 * n)) : from_f16(u16(scales + 2 * n));
         for (size_t i = 0; i < layout.group; i++) {
             const int q = value_at(layout, block, i, n) - layout.zero;

@@ -94,8 +94,8 @@ std::vector<uint8_t> random_block(Kind kind, size_t depth, Data data, Random& ra
             if (layout.scale == Scale::Super) put_halves(p + 64, -1);   // subtracted: no cancellation, see tile_bounds
             p += layout.super_bytes;
         }
-        for (size_t i = 0; i < layout.code_bytes(); i++) p[i] = uint8_t(data == Data::Extreme ? extreme : random.integer(0, 255));
-        uint8_t* scales = p + layout.code_bytes();
+        for (size_t i = 0; i < layout.group_bytes; i++) p[i] = uint8_t(data == Data::Extreme ? extreme : random.integer(0, 255));
+        uint8_t* scales = p + layout.scale_offset();
         if (!layout.super_bytes) put_halves(scales, 1);
         if (layout.scale == Scale::Minimum) put_halves(scales + 64, 1);
         for (size_t i = 0; layout.super_bytes && i < 64; i++) {
