@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "cache_codes.h"
 
@@ -32,15 +33,17 @@ Attention::Attention(const Ops& ops, const HeadShape& shape, const KvCache& cach
       tokens_per_tile_(std::max<size_t>(1, kTileRows / shape.group())),
       max_rows_(std::max(kSplitTokens, tokens_per_tile_) * shape.group()),
       scratch_(num_threads) {
+    const size_t query_rows = std::max(max_rows_, kSplitTokens * shape.num_heads);
     for (Scratch& s : scratch_) {
-        s.query.resize(max_rows_ * shape.padded_dim());
+        s.loaded.resize(shape.num_kv_heads);
+        s.query.resize(query_rows * shape.padded_dim());
         s.scores.resize(max_rows_ * kChunk);
         s.chunk.resize(max_rows_ * shape.padded_dim());
         s.sum.resize(max_rows_ * shape.padded_dim());
         for (auto* v : {&s.chunk_max, &s.chunk_sum, &s.total_max, &s.total_sum, &s.weight_scale}) v->resize(max_rows_);
         if (!cache.is_quantized()) continue;
-        s.query_codes.resize(max_rows_ * shape.padded_dim());
-        s.query_scale.resize(max_rows_ * shape.padded_dim() / kGroup);
+        s.query_codes.resize(query_rows * shape.padded_dim());
+        s.query_scale.resize(query_rows * shape.padded_dim() / kGroup);
         s.query_correction.resize(s.query_scale.size());
         s.query_sums.resize(shape.padded_dim() / 16);
         s.value_scale.resize(kMaxHeadsTogether * kChunk);
@@ -122,6 +125,16 @@ void Attention::rope_and_append(const Sequences& s, size_t layer, const float* q
     }
 }
 
+void Attention::take_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const {
+    if (item.split < 0 || item.split != scratch.loaded_split) {
+        scratch.loaded_split = item.split;
+        std::fill(scratch.loaded.begin(), scratch.loaded.end(), 0);
+    }
+    scratch.first_query = item.split < 0 ? 0 : item.kv_head * rows_per_head(item);
+    if (item.split >= 0 && std::exchange(scratch.loaded[item.kv_head], 1)) return;
+    load_queries(s, item, qkv, scratch);
+}
+
 // Queries turned by their positions, scaled, mixed as the keys are; as int8 too for a quantised cache.
 void Attention::load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const {
     const size_t group = shape_.group(), dim = shape_.head_dim, padded = shape_.padded_dim(), groups = padded / kGroup;
@@ -130,7 +143,8 @@ void Attention::load_queries(const Sequences& s, const Item& item, const float* 
     for (size_t row = 0; row < item.num_heads * rows; row++) {
         const size_t kv_head = item.kv_head + row / rows, token = item.token + row % rows / group;
         const float* q = qkv + token * width + (kv_head * group + row % group) * dim;
-        float* query = scratch.query.data() + row * padded;
+        const size_t at = scratch.first_query + row;
+        float* query = scratch.query.data() + at * padded;
         for (size_t i = 0; i < dim; i += 64 / sizeof(float)) __builtin_prefetch(q + kTokensAhead * width + i);
         rotate(q, s.cos + token * half, s.sin + token * half, half, query);
         std::copy(q + 2 * half, q + dim, query + 2 * half);
@@ -139,10 +153,9 @@ void Attention::load_queries(const Sequences& s, const Item& item, const float* 
         if (!cache_.is_quantized()) continue;
         if (cache_.type() == CacheType::Q4) hadamard(query, padded);
         int32_t* sums = scratch.query_sums.data();
-        ops_.quantize_row(query, padded, scratch.query_codes.data() + row * padded,
-                          scratch.query_scale.data() + row * groups, sums);
+        ops_.quantize_row(query, padded, scratch.query_codes.data() + at * padded, scratch.query_scale.data() + at * groups, sums);
         const int zero = layout_of(cache_.key_kind()).zero;
-        for (size_t g = 0; g < groups; g++) scratch.query_correction[row * groups + g] = -zero * (sums[2 * g] + sums[2 * g + 1]);
+        for (size_t g = 0; g < groups; g++) scratch.query_correction[at * groups + g] = -zero * (sums[2 * g] + sums[2 * g + 1]);
     }
 }
 
@@ -156,11 +169,12 @@ void Attention::score(const KvCache::Head* blocks, Span span, size_t first_row, 
     for (size_t b = span.first; b < span.last; b++) {
         for (size_t row = first_row; row < first_row + num_rows; row += limit) {
             const int rows = int(std::min(limit, first_row + num_rows - row));
+            const size_t query = scratch.first_query + row;
             float* scores = scratch.scores.data() + row * kChunk + b * kCacheBlock;
             if (cache_.is_quantized()) {
-                ops_.tile[int(kind)](blocks[b].keys, Prefetch{nullptr, 0}, queries, row, rows, scores, kChunk, false);
+                ops_.tile[int(kind)](blocks[b].keys, Prefetch{nullptr, 0}, queries, query, rows, scores, kChunk, false);
             } else {
-                ops_.panel[int(kind)](scratch.query.data() + row * padded, padded, rows, blocks[b].keys, shape_.head_dim, scores,
+                ops_.panel[int(kind)](scratch.query.data() + query * padded, padded, rows, blocks[b].keys, shape_.head_dim, scores,
                                       kChunk, false);
             }
         }
@@ -290,7 +304,7 @@ void Attention::leave_parts(const Item& item, size_t chunk, const Scratch& scrat
 void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out,
                             Scratch& scratch) {
     const size_t group = shape_.group(), padded = shape_.padded_dim(), rows = rows_per_head(item), num_rows = item.num_heads * rows;
-    load_queries(s, item, qkv, scratch);
+    take_queries(s, item, qkv, scratch);
     if (item.split >= 0) {
         for (size_t chunk = item.first_chunk; chunk < item.last_chunk; chunk++) {
             attend_chunk(s, item, layer, chunk, scratch);
@@ -313,8 +327,10 @@ void Attention::attend_item(const Sequences& s, const Item& item, size_t layer, 
 
 void Attention::attend(const Sequences& s, size_t layer, const float* qkv, float* out, size_t queue, int thread,
                        WorkQueue& work) {
+    Scratch& scratch = scratch_[thread];
+    scratch.loaded_split = -1;   // what it has is of another layer
     size_t item;
-    while (work.take(queue, thread, items_.size(), &item)) attend_item(s, items_[item], layer, qkv, out, scratch_[thread]);
+    while (work.take(queue, thread, items_.size(), &item)) attend_item(s, items_[item], layer, qkv, out, scratch);
 }
 
 void Attention::merge(float* out, int thread, int num_threads) {

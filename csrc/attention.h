@@ -53,6 +53,11 @@ private:
         size_t token, num_tokens, first_chunk, num_chunks, first_part;
     };
     struct Scratch {   // of one thread
+        // Queries of an item, from row first_query on. Those of a split are kept for its other chunks: every kv head has rows of
+        // its own then, and loaded[kv head] says whether an item that begins there has filled them.
+        size_t first_query = 0;
+        ptrdiff_t loaded_split = -1;
+        std::vector<char> loaded;
         std::vector<float> query, scores, chunk, sum;
         std::vector<float> chunk_max, chunk_sum, total_max, total_sum, weight_scale;
         // Of a quantised cache: queries as int8, the chunk's value scales, weights as integers.
@@ -69,6 +74,7 @@ private:
     void plan_tiles(const Sequences& s, size_t sequence);
     void plan_split(const Sequences& s, size_t sequence, size_t* num_parts);
     void attend_item(const Sequences& s, const Item& item, size_t layer, const float* qkv, float* out, Scratch& scratch);
+    void take_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const;
     void load_queries(const Sequences& s, const Item& item, const float* qkv, Scratch& scratch) const;
     void attend_chunk(const Sequences& s, const Item& item, size_t layer, size_t chunk, Scratch& scratch) const;
     void score(const KvCache::Head* blocks, Span span, size_t first_row, size_t num_rows, Scratch& scratch) const;

@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make, overrides = ARCHITECTURES[request.param]
     folder = tmp_path_factory.mktemp("model")
     model = make(folder, **overrides)
-    return model, load(folder, max_logit_rows=512)
+    return model, load(folder, max_logit_rows=512, num_kv_blocks=64)
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -132,6 +132,18 @@ def test_mixed_batches_give_the_same_bits(pair) -> None:
         close(alone, reference_logits(model, ids))
         together = np.concatenate([first[s], last[s]]) if len(ids) > 1 else last[s]
         np.testing.assert_array_equal(together, alone)
+
+
+def test_a_few_queries_of_several_long_sequences_give_the_same_bits(pair) -> None:
+    _, program = pair
+    tails = {0: 1, 1: 4, 2: 3, 3: 2}  # of contexts longer than a chunk of attention, one of them shorter
+    prompts = [random_ids(length, seed=length) for length in (270, 300, 290, 20)]
+    batch = Sequences(program, len(prompts), 320)
+    for s, tail in tails.items():
+        batch.step({s: prompts[s][:-tail]})
+    together = batch.step({s: prompts[s][-tail:] for s, tail in tails.items()})
+    for s, tail in tails.items():
+        np.testing.assert_array_equal(together[s], run_alone(program, prompts[s])[-tail:])
 
 
 def greedy(model, ids: np.ndarray, count: int) -> list[int]:
