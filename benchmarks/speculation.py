@@ -1,14 +1,16 @@
 """Decoding with and without guessing ahead, A B A B, on the same prompts: what it gains, and what it costs.
 
-    python -m benchmarks.speculation [--model NAME] [--texts FILE ...] [--temperatures 0 0.7] [--repeats 3]
+    python -m benchmarks.speculation [--model NAME] [--draft NAME] [--texts FILE ...] [--temperatures 0 0.7]
 
-Every text is summarised, edited and quoted from; `open` asks for something new at temperature 1, where guesses fail.
-The texts are plain files, by default this project's own documents. Both modes must write the same tokens, or it stops.
-Prints one table of tokens/s (the best of each prompt's repetitions; sums over prompts) and one JSON line.
+Guesses are looked up, or with --draft made by that model too. Every text is summarised, edited and quoted from; `open`
+asks for something new at temperature 1, where looking up fails. The texts are plain files, by default this project's
+own documents. Both modes must write the same tokens, or it stops. Prints one table of tokens/s (the best of each
+prompt's repetitions; sums over prompts) and one JSON line.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +39,9 @@ OPEN_TEMPERATURE = 1.0
 class Record:
     """Sums over the prompts of one task."""
 
+    mode: str
     tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"off": 0.0, "lookup": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     drafted: int = 0
     accepted: int = 0
     worst_gain: float = float("inf")
@@ -47,11 +50,11 @@ class Record:
     def add(self, runs: dict[str, list[Completion]]) -> None:
         """Add one prompt's repetitions of both modes."""
         seconds = {mode: min(map(decode_seconds, completions)) for mode, completions in runs.items()}
-        timings = runs["lookup"][-1].timings
+        timings = runs[self.mode][-1].timings
         self.tokens += runs["off"][0].usage.completion_tokens - 1
         self.drafted += timings.drafted_tokens
         self.accepted += timings.accepted_tokens
-        self.worst_gain = min(self.worst_gain, seconds["off"] / seconds["lookup"])
+        self.worst_gain = min(self.worst_gain, seconds["off"] / seconds[self.mode])
         for mode, value in seconds.items():
             self.seconds[mode] += value
 
@@ -59,8 +62,8 @@ class Record:
         """Return the figures of the table."""
         return {
             "off_tokens_per_s": self.tokens / self.seconds["off"],
-            "lookup_tokens_per_s": self.tokens / self.seconds["lookup"],
-            "gain": self.seconds["off"] / self.seconds["lookup"],
+            f"{self.mode}_tokens_per_s": self.tokens / self.seconds[self.mode],
+            "gain": self.seconds["off"] / self.seconds[self.mode],
             "worst_gain": self.worst_gain,
             "drafted": self.drafted,
             "accepted": self.accepted,
@@ -74,11 +77,13 @@ def decode_seconds(completion: Completion) -> float:
     return (completion.usage.completion_tokens - 1) / rate
 
 
-def measure(llm: LLM, prompt: str, temperature: float, args: argparse.Namespace) -> dict[str, list[Completion]]:
-    """Answer one prompt in both modes by turns."""
-    runs: dict[str, list[Completion]] = {"off": [], "lookup": []}
+def measure(
+    llm: LLM, prompt: str, temperature: float, mode: str, args: argparse.Namespace
+) -> dict[str, list[Completion]]:
+    """Answer one prompt without guesses and with them, by turns."""
+    runs: dict[str, list[Completion]] = {"off": [], mode: []}
     for _ in range(args.repeats):
-        for mode, completions in runs.items():
+        for name, completions in runs.items():
             completions.append(
                 llm.chat(
                     [{"role": "user", "content": prompt}],
@@ -87,7 +92,7 @@ def measure(llm: LLM, prompt: str, temperature: float, args: argparse.Namespace)
                     seed=1,
                     max_tokens=args.tokens,
                     min_tokens=2,
-                    speculate=mode,  # type: ignore[arg-type]
+                    speculate=name,  # type: ignore[arg-type]
                 )
             )
     ids = {completion.choices[0].token_ids for completions in runs.values() for completion in completions}
@@ -100,13 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=miniphi.llm.DEFAULT_MODEL)
+    parser.add_argument("--draft", metavar="NAME")
     parser.add_argument("--texts", nargs="+", type=Path, default=sorted(DOCS.glob("*.md")), metavar="FILE")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7], metavar="T")
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
-    llm = miniphi.load(args.model, context=4096, num_threads=args.threads)
+    llm = miniphi.load(args.model, context=4096, num_threads=args.threads, draft=args.draft)
+    mode = "auto" if args.draft else "lookup"
     texts = [path.read_text(encoding="utf-8")[:TEXT_CHARACTERS] for path in args.texts]
     work = [
         (
@@ -118,19 +125,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, template in TASKS.items()
     ]
     work.append((f"open, T = {OPEN_TEMPERATURE:g}", OPEN_TEMPERATURE, list(OPEN)))
-    print(f"{'task':22} {'off':>8} {'lookup':>8} {'gain':>6} {'worst':>6} {'drafted':>8} {'accepted':>8}")
+    print(f"{'task':22} {'off':>8} {mode:>8} {'gain':>6} {'worst':>6} {'drafted':>8} {'accepted':>8}")
     figures: dict[str, dict[str, float]] = {}
     for label, temperature, prompts in work:
-        record = Record()
+        record = Record(mode=mode)
         for prompt in prompts:
-            record.add(measure(llm, prompt, temperature, args))
+            record.add(measure(llm, prompt, temperature, mode, args))
         row = figures[label] = record.to_dict()
         print(
-            f"{label:22} {row['off_tokens_per_s']:8.1f} {row['lookup_tokens_per_s']:8.1f} {row['gain']:6.2f} "
+            f"{label:22} {row['off_tokens_per_s']:8.1f} {row[f'{mode}_tokens_per_s']:8.1f} {row['gain']:6.2f} "
             f"{row['worst_gain']:6.2f} {row['drafted']:8} {row['accepted']:8}",
             flush=True,
         )
-    print(json.dumps({"model": args.model, "figures": figures}))
+    print(json.dumps({"model": args.model, "draft": args.draft, "figures": figures}))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_every_sampling_option_arrives(run: Run, models: FakeModels) -> None:
 
 def test_every_engine_option_arrives(run: Run, models: FakeModels) -> None:
     argv = "-m some/model --revision r1 --threads 3 --kv q8 --context 512 --kv-memory 1.5G --rope-policy hf"
-    argv += " --no-packed-copy"
+    argv += " --draft some/small --no-packed-copy"
     assert run("generate", "x", *argv.split()).code == 0
     assert models.loaded == [
         (
@@ -97,6 +97,7 @@ def test_every_engine_option_arrives(run: Run, models: FakeModels) -> None:
                 "context": 512,
                 "kv_memory_bytes": 3 << 29,
                 "rope_policy": "hf",
+                "draft": "some/small",
                 "packed_copy": False,
                 "on_notice": notice,
             },

@@ -21,11 +21,12 @@ def make_engine(
     reuse: bool = True,
     chunk: int | None = None,
     unused: Sequence[int] = (),
+    draft: FakeProgram | None = None,
     draft_row_cost: float = 1.0,
 ) -> Engine:
     """Make an engine that by default never guesses: a row as dear as a step."""
     options = EngineOptions(prefill_chunk=chunk, allow_prefix_reuse=reuse, draft_row_cost=draft_row_cost)
-    return Engine(program, stop_token_ids=(STOP,), unused_token_ids=unused, options=options)
+    return Engine(program, draft=draft, stop_token_ids=(STOP,), unused_token_ids=unused, options=options)
 
 
 def drain(engine: Engine, *, limit: int = 5000) -> Outputs:

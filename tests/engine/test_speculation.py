@@ -181,7 +181,7 @@ REQUESTS = st.lists(
             frequency_penalty=st.sampled_from([0.0, 0.1]),
             logprobs=st.sampled_from([None, 0, 2]),
             stop_token_ids=st.sampled_from([(), (5, 6, 7)]),
-            speculate=st.sampled_from(["lookup", "lookup", "off"]),
+            speculate=st.sampled_from(["auto", "auto", "lookup", "off"]),
         ),
         policy=st.sampled_from(["auto", "hf", "short", "long"]),
         start=st.sampled_from([None, 1]),
@@ -199,6 +199,7 @@ REQUESTS = st.lists(
     reuse=st.booleans(),
     has_longrope=st.booleans(),
     gap=st.integers(0, 20),
+    draft_blocks=st.sampled_from([None, None, 3, 50]),
 )
 @settings(deadline=None, max_examples=80)
 def test_guesses_change_no_token_in_any_mix(
@@ -210,6 +211,7 @@ def test_guesses_change_no_token_in_any_mix(
     reuse: bool,
     has_longrope: bool,
     gap: int,
+    draft_blocks: int | None,
 ) -> None:
     program = CopyingProgram(
         fake_config(original_context=70 if has_longrope else None),
@@ -217,7 +219,10 @@ def test_guesses_change_no_token_in_any_mix(
         max_batch_tokens=max_batch_tokens,
         max_logit_rows=max_logit_rows,
     )
-    engine = make_engine(program, reuse=reuse, draft_row_cost=0.0)
+    draft = None
+    if draft_blocks is not None:
+        draft = LoopingProgram(num_kv_blocks=draft_blocks, max_batch_tokens=max_batch_tokens)
+    engine = make_engine(program, reuse=reuse, draft=draft, draft_row_cost=0.0)
     outputs = run_all(engine, requests, gap)
     plain = [replace(request, params=replace(request.params, speculate="off")) for request in requests]
     want = run_all(make_engine(program, reuse=reuse), plain, gap)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import miniphi
-from miniphi import CapacityError, CheckpointError, ContextLengthError, DownloadError
+from miniphi import CapacityError, CheckpointError, ContextLengthError, DownloadError, InvalidRequestError
 from miniphi.checkpoint import open_checkpoint
 from miniphi.engine.program import load_program
 from tests.fake_llm import write_tiny_model
@@ -92,6 +92,19 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
     (bare / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"bare.*tokenizer\.json"):
         miniphi.load(bare)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_draft_model_guesses_and_changes_nothing(folder: Path, temperature: float) -> None:
+    question = {"seed": 5, "max_tokens": 60, "temperature": temperature, "ignore_eos": True}
+    plain = miniphi.load(folder).complete("the dog", speculate="off", **question)  # type: ignore[arg-type]
+    drafted = miniphi.load(folder, draft=folder).complete("the dog", **question)  # type: ignore[arg-type]
+    assert drafted.choices == plain.choices
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"draft .*gguf: has another vocabulary than the model"):
+        miniphi.load(folder, draft=smollm2_gguf())
 
 
 def test_smollm2_knows_paris() -> None:

@@ -29,7 +29,7 @@ DEFAULT_TEMPERATURE = 0.2
 DEFAULT_TOP_P = 0.9
 
 KV_TYPES = ("f32", "f16", "q8", "q4")
-SPECULATIONS = ("off", "lookup")
+SPECULATIONS = ("auto", "lookup", "off")
 ROPE_POLICIES = ("auto", "hf", "short", "long")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
@@ -101,9 +101,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate",
         choices=SPECULATIONS,
-        default="lookup",
-        help="guess tokens ahead from what the prompt and the answer already say: faster where an answer repeats them, "
-        "never another answer (default: %(default)s)",
+        default="auto",
+        help="guess tokens ahead, from what the prompt and the answer already say (lookup) and with the model that "
+        "--draft names (auto): faster, never another answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same vocabulary, which guesses tokens ahead"
     )
 
 
@@ -187,6 +190,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         context=args.context,
         kv_memory_bytes=args.kv_memory,
         rope_policy=args.rope_policy,
+        draft=getattr(args, "draft", None),  # commands that only score have no use for one
         packed_copy=args.packed_copy,
         on_notice=notice,
     )

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: one program, one scheduler, one cache, and a sampler for each sequence.
+"""Token ids in, token ids out: one program, one scheduler, one cache, a sampler per sequence, perhaps a draft model.
 
 Owns the life of a request from `submit` to its last `SequenceOutput`. Knows no text: stop strings, detokenisation and
 filters belong to the layer above, which calls `abort` when it has enough. All methods must be called from one thread.
@@ -6,18 +6,28 @@ filters belong to the layer above, which calls `abort` when it has enough. All m
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniphi.engine.batch import Batch, BatchRunner
+from miniphi.engine.drafting import DraftModel
 from miniphi.engine.kv_cache import KVCache
 from miniphi.engine.request import PromptLogprob, Request, Sequence, SequenceOutput
-from miniphi.engine.sampler import SampledToken, SampleJob, fresh_seed, make_sampler, prompt_logprobs, sample
+from miniphi.engine.sampler import (
+    SampledToken,
+    SampleJob,
+    fresh_seed,
+    make_sampler,
+    prompt_logprobs,
+    sample,
+    without_history,
+)
+from miniphi.engine.sampling_params import SamplingParams
 from miniphi.engine.scheduler import ScheduledChunk, ScheduledStep, Scheduler, SchedulerLimits
-from miniphi.engine.speculation import PromptLookup, StepCosts, index_ngrams, plan_drafts
+from miniphi.engine.speculation import MAX_ROWS, PromptLookup, StepCosts, index_ngrams, plan_drafts
 from miniphi.errors import InvalidRequestError
 from miniphi.kernels import NativeSampler
 
@@ -67,10 +77,15 @@ class Engine:
         self,
         program: BatchRunner,
         *,
+        draft: BatchRunner | None = None,
         stop_token_ids: Iterable[int] = (),
         unused_token_ids: Iterable[int] = (),
         options: EngineOptions | None = None,
     ) -> None:
+        """Run a program; `draft` is a smaller one with the same vocabulary, to guess tokens ahead with.
+
+        Raises InvalidRequestError: an option or a token id does not fit the model, or the draft's vocabulary differs.
+        """
         options = options or EngineOptions()
         config = program.config
         self._program = program
@@ -91,6 +106,11 @@ class Engine:
             prefill_chunk=options.prefill_chunk,
             original_context=config.rope_scaling.original_max_position_embeddings if config.rope_scaling else None,
         )
+        self._draft_model = None if draft is None else DraftModel(draft)
+        if self._draft_model is not None and self._draft_model.vocab_size != self._vocab_size:
+            raise InvalidRequestError(
+                f"the draft model knows {self._draft_model.vocab_size} token ids and the model {self._vocab_size}"
+            )
         self._cache = KVCache(program.num_kv_blocks, allow_reuse=options.allow_prefix_reuse)
         self._scheduler = Scheduler(self._cache, limits)
         self._samplers: dict[Sequence, NativeSampler] = {}
@@ -141,15 +161,9 @@ class Engine:
         sequences = self._scheduler.add(request, max_tokens=max_tokens, stop_token_ids=stop_ids)
         seed = fresh_seed() if params.seed is None else params.seed
         for sequence in sequences:
-            self._samplers[sequence] = make_sampler(
-                params,
-                vocab_size=self._vocab_size,
-                prompt_ids=request.token_ids,
-                unused_ids=self._unused_ids,
-                stop_ids=stop_ids,
-                seed=seed,
-                choice=sequence.index,
-            )
+            self._samplers[sequence] = self._make_sampler(params, sequence, seed)
+            if self._draft_model is not None and params.speculate == "auto":
+                self._draft_model.follow(sequence, self._make_sampler(without_history(params), sequence, seed))
         if request.prompt_logprobs_start is not None:
             self._prompt_logprobs[sequences[0]] = []
         return request.id
@@ -174,9 +188,9 @@ class Engine:
         if not step.chunks:
             return []
         is_decode = all(chunk.is_decode for chunk in step.chunks)
-        if is_decode and self._lookups:
-            self._add_drafts(step)
         try:
+            if is_decode and (self._lookups or self._draft_model is not None):
+                self._add_drafts(step)
             start_s = time.perf_counter()
             logits = self._program.run(build_batch(step))
             samples = self._sample(step, logits)
@@ -195,12 +209,29 @@ class Engine:
         lookups = [self._lookups.get(chunk.sequence) for chunk in step.chunks]
         rooms = [self._scheduler.draft_room(chunk) for chunk in step.chunks]
         lengths = plan_drafts(lookups, rooms, self._step_costs)
-        if any(lengths):
-            drafts = (
-                lookup.draft(length) if lookup and length else ()
-                for lookup, length in zip(lookups, lengths, strict=True)
-            )
+        drafts = [
+            lookup.draft(length) if lookup and length else () for lookup, length in zip(lookups, lengths, strict=True)
+        ]
+        if self._draft_model is not None:
+            rooms_without_draft = {
+                chunk.sequence: room
+                for chunk, room, draft in zip(step.chunks, rooms, drafts, strict=True)
+                if room and not draft and self._draft_model.follows(chunk.sequence)
+            }
+            guesses = self._guess(self._draft_model, rooms_without_draft, len(drafts) + sum(lengths))
+            drafts = [
+                draft or guesses.get(chunk.sequence, ()) for chunk, draft in zip(step.chunks, drafts, strict=True)
+            ]
+        if any(drafts):
             self._scheduler.add_drafts(step, drafts)
+
+    def _guess(
+        self, model: DraftModel, rooms: Mapping[Sequence, int], num_rows: int
+    ) -> Mapping[Sequence, tuple[int, ...]]:
+        if not rooms or num_rows + len(rooms) > MAX_ROWS:
+            return {}
+        plan = model.plan(num_rows, len(rooms), self._step_costs)
+        return model.guess(rooms, plan) if plan.length else {}
 
     def _sample(self, step: ScheduledStep, logits: NDArray[np.float32]) -> list[list[SampledToken]]:
         jobs: list[SampleJob] = []
@@ -234,8 +265,10 @@ class Engine:
         assert sequence.num_cached_tokens is not None, "a sequence generated before it was admitted"
         if finish_reason is not None:
             self._forget(sequence)
-        elif sequence.request.params.speculate == "lookup":
+        elif sequence.request.params.speculate != "off":
             self._look_up(sequence)
+            if self._draft_model is not None and self._draft_model.follows(sequence):
+                self._draft_model.learn(sequence)
         return [
             SequenceOutput(
                 request_id=sequence.request.id,
@@ -269,6 +302,19 @@ class Engine:
         del self._samplers[sequence]
         self._lookups.pop(sequence, None)
         self._prompt_logprobs.pop(sequence, None)
+        if self._draft_model is not None:
+            self._draft_model.forget(sequence)
+
+    def _make_sampler(self, params: SamplingParams, sequence: Sequence, seed: int) -> NativeSampler:
+        return make_sampler(
+            params,
+            vocab_size=self._vocab_size,
+            prompt_ids=sequence.request.token_ids,
+            unused_ids=self._unused_ids,
+            stop_ids=sequence.stop_token_ids,
+            seed=seed,
+            choice=sequence.index,
+        )
 
     def _checked_ids(self, name: str, token_ids: Iterable[int]) -> frozenset[int]:
         ids = frozenset(token_ids)

@@ -11,7 +11,7 @@ Shapes: V is the vocabulary size.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,15 @@ from miniphi.engine.request import PromptLogprob, TokenLogprob
 from miniphi.engine.sampling_params import SamplingParams
 from miniphi.kernels import NativeSampler, sample_rows, score_rows
 
-__all__ = ["SampleJob", "SampledToken", "fresh_seed", "make_sampler", "prompt_logprobs", "sample"]
+__all__ = [
+    "SampleJob",
+    "SampledToken",
+    "fresh_seed",
+    "make_sampler",
+    "prompt_logprobs",
+    "sample",
+    "without_history",
+]
 
 NO_DRAFT: Sequence[int] = ()
 
@@ -76,6 +84,13 @@ def make_sampler(
         prompt_ids=np.array(prompt_ids if counts_prompt else (), np.int32),
         seed=seed % 2**64,
         choice=choice,
+    )
+
+
+def without_history(params: SamplingParams) -> SamplingParams:
+    """Return what draws alike but does not depend on the tokens before, and reports how probable each token was."""
+    return replace(
+        params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0, logprobs=0
     )
 
 

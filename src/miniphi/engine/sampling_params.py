@@ -12,11 +12,12 @@ from miniphi.errors import InvalidRequestError
 
 __all__ = ["MAX_LOGPROBS", "MAX_SEQUENCES_PER_REQUEST", "MAX_STOP_STRINGS", "SamplingParams", "Speculation"]
 
-Speculation = Literal["off", "lookup"]
+Speculation = Literal["auto", "lookup", "off"]
 """How tokens are guessed ahead of the model.
 
 * off: not at all;
-* lookup: as the sequence went on after an earlier occurrence of its last tokens, where that promises to be faster.
+* lookup: as the sequence went on after an earlier occurrence of its last tokens, where that promises to be faster;
+* auto: the same, and where that finds nothing by the draft model, if the engine has one.
 """
 
 MAX_LOGPROBS = 20
@@ -66,7 +67,7 @@ class SamplingParams:
     """stop ids are not sampled before this many tokens"""
     ignore_eos: bool = False
     """go on after the model's own stop ids; those of `stop_token_ids` still stop"""
-    speculate: Speculation = "lookup"
+    speculate: Speculation = "auto"
     """how to guess tokens ahead; changes the speed and never a token"""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ Every sequence is looked up at every token, whether or not the guess is then use
 measured at no cost; and what a step of so many rows takes is measured as it goes. A guess is computed only where these
 two promise a gain. Nothing has to be tried out to learn that it does not work.
 
+A draft model (drafting.py) may guess for the sequences that repeat nothing.
+
 Owns guesses, their chances and costs. Knows neither scheduling nor sampling.
 Source of looking up: Saxena, "Prompt Lookup Decoding" (2023), and LLMA (arXiv 2304.04487); of verifying with the noise
 of the plain run: any sampler whose noise belongs to a position, as ours does.
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MAX_DRAFT", "MAX_ROWS", "PromptLookup", "StepCosts", "index_ngrams", "plan_drafts"]
+__all__ = ["MAX_DRAFT", "MAX_ROWS", "MIN_GAIN", "PromptLookup", "StepCosts", "index_ngrams", "plan_drafts"]
 
 MAX_DRAFT = 15
 """Tokens guessed at once for one sequence."""
@@ -153,6 +155,11 @@ class StepCosts:
         self._step_s: float | None = None
         self._measured = {1: 1.0}
         self._relative: dict[int, float] = {}
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step of one row, as far as they were measured."""
+        return self._step_s
 
     def record(self, num_rows: int, seconds: float) -> None:
         """Learn from a step that computed nothing but one token of each sequence, and guesses."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from miniphi.chat import ChatTemplate, builtin_template
 from miniphi.engine import Engine, EngineOptions, RopePolicy
 from miniphi.engine.packed_file import PackedModel
-from miniphi.engine.program import load_program
-from miniphi.errors import CheckpointError
+from miniphi.engine.program import Program, load_program
+from miniphi.errors import CheckpointError, InvalidRequestError
 from miniphi.llm.model import LLM
 from miniphi.llm.packed_copy import BackgroundWriter, PackedCopy, SavedModel
 from miniphi.models import catalog, find_entry, resolve
@@ -26,6 +26,8 @@ __all__ = ["DEFAULT_MODEL", "load", "open_tokenizer"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+_PROBE = "The café's 1,024 naïve users: def f(x):\n    return x**2  # Привет, 世界, مرحبا, नमस्ते 🙂"
+
 
 def load(
     name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
@@ -37,6 +39,7 @@ def load(
     kv_memory_bytes: int | None = None,
     rope_policy: RopePolicy = "auto",
     max_batch_tokens: int = 512,
+    draft: str | os.PathLike[str] | None = None,
     packed_copy: bool = True,
     on_progress: Callable[[int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
@@ -49,7 +52,9 @@ def load(
     `kv_type` is the format of the key/value cache (f32, f16, q8 or q4). `context` is how many tokens a prompt and its
     answer may have together; without it, the model's whole context or as much of it as fits into memory.
     `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
-    `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made ready.
+    `draft` names a smaller model with the same vocabulary, which guesses tokens ahead: answers come sooner and stay the
+    same. `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made
+    ready.
 
     After the first answer a copy of the model is written to the cache in the layout that the kernels read, and later
     starts map that; `packed_copy=False`, or MINIPHI_PACKED_COPY=0 in the environment, neither writes nor reads one.
@@ -59,6 +64,7 @@ def load(
         DownloadError: the model is not on this machine; the message says how to get it.
         CheckpointError: its files are damaged. UnsupportedModelError: they ask for what miniphi does not do.
         CapacityError: it does not fit into this machine's memory.
+        InvalidRequestError: the draft model has another vocabulary.
     """
     path = resolve(name_or_path, revision=revision)
     copy = PackedCopy.of(path) if packed_copy else None
@@ -75,9 +81,15 @@ def load(
         max_batch_tokens=max_batch_tokens,
         on_progress=on_progress,
     )
+    draft_program = None
+    if draft is not None:
+        draft_program = _load_draft(
+            draft, saved.tokenizer, num_threads=num_threads, kv_type=kv_type, context=program.max_context
+        )
     stop_ids = {*model.config.eos_token_ids, *saved.eos_token_ids}
     engine = Engine(
         program,
+        draft=draft_program,
         stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
         unused_token_ids=_unused_ids(saved.tokenizer, model.config.vocab_size),
         options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
@@ -87,6 +99,29 @@ def load(
         write = partial(copy.write, model.config, program.weights, saved)
         on_first_rest = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
     return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
+
+
+def _load_draft(
+    name_or_path: str | os.PathLike[str], tokenizer: Tokenizer, *, num_threads: int | None, kv_type: str, context: int
+) -> Program:
+    path = resolve(name_or_path)
+    copy = PackedCopy.of(path)
+    model, saved = (copy and copy.open()) or _open(path)
+    if not _is_same_vocabulary(tokenizer, saved.tokenizer):
+        raise InvalidRequestError(
+            f"draft {os.fspath(name_or_path)}: has another vocabulary than the model; choose one of the same family"
+        )
+    context = min(context, model.config.max_position_embeddings)
+    return load_program(model, num_threads=num_threads, kv_type=kv_type, context=context)
+
+
+def _is_same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
+    """Compare sizes, special tokens, and a text of many scripts: files of one vocabulary may still differ."""
+    return (
+        first.vocab_size == second.vocab_size
+        and first.special_tokens == second.special_tokens
+        and first.encode(_PROBE) == second.encode(_PROBE)
+    )
 
 
 def _open(path: Path) -> "tuple[Checkpoint | PackedModel, SavedModel]":
