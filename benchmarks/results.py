@@ -182,7 +182,7 @@ def notes(results: Results, model: str) -> list[str]:
     for block in results.blocks:
         if block.model == model:
             lines += [f"{block.label}: no figure of {engine}: {why}" for engine, why in block.missing.items()]
-            lines += [f"{block.label}: {engine} with {chosen}" for engine, chosen in block.variants.items()]
+            lines += [f"{block.label}: {engine} with {chosen}" for engine, chosen in block.variants.items() if chosen]
     return lines
 
 
