@@ -12,7 +12,8 @@
 //   scales      see Scale below
 //
 // A vector of high bits lies before the low ones that it completes, scales lie last: addresses rise in the order in which a
-// kernel reads (Q6_K's, which it needs in between, in the middle). Where they jumped, memory gave a third less. Every part is a multiple of 64 bytes.
+// kernel reads (Q6_K's, which it needs in between, in the middle). Where they jumped, memory gave a third less. Every part is
+// a multiple of 64 bytes.
 // Float blocks are panels [K][32]: also the layout of keys ([head_dim][32 tokens]) and values ([32 tokens][32]).
 #pragma once
 #include <cstddef>
@@ -103,7 +104,18 @@ constexpr size_t block_bytes(Kind kind, size_t depth) {
 // end. Exponents are 0 .. kMaxExponent and stored where a float has its own, so a weight's scale of 0 stays next to 0.
 constexpr int kExponentShift = 23;
 constexpr int kMaxExponent = 30;
+constexpr float kExponentUnit = 1.0f / (1 << kMaxExponent);
 constexpr float kLeastActivation = 0x1p-80f;   // a group, or a row of wide ones, whose values all lie below it counts as zeros
+
+// Given the bits of a group's maximum and of its row's, store the group's exponent and return how far it lies below the
+// largest one. Positive floats are ordered as their bits are: with m the maximum of the group and t of the row, the largest
+// n for which t / 2^n >= m is (bits(t) - bits(m)) >> 23. Internal linkage on purpose, as in half.h.
+static inline int lower_exponent(int32_t top, int32_t* exponent) {
+    int down = (top - *exponent) >> kExponentShift;
+    if (down > kMaxExponent) down = kMaxExponent;
+    *exponent = (kMaxExponent - down) << kExponentShift;
+    return down;
+}
 
 struct QuantRows {
     const int8_t* q;             // [rows][q_stride]

@@ -122,12 +122,13 @@ void Matmul::prepare(const PackedMatrix& matrix) {
         a.group = layout_of(matrix.kind).group;
         a.q_stride = (max_depth_ + 63) / 64 * 64 + 64;   // an odd number of lines: rows do not share cache sets
         a.q.resize(max_rows_ * a.q_stride);
-        const size_t groups = (max_depth_ + a.group - 1) / a.group;
-        a.scale.resize(max_rows_ * (a.is_wide() ? 1 : groups));
-        (a.is_wide() ? a.exponent.resize(max_rows_ * groups) : a.scaled_sum.resize(max_rows_ * groups));
     }
+    const size_t num_groups = max_rows_ * ((max_depth_ + a.group - 1) / a.group);
+    a.scale.resize(a.is_wide() ? max_rows_ : num_groups);
+    if (a.is_wide()) a.exponent.resize(num_groups);
+    else a.scaled_sum.resize(num_groups);
     const int zero = zero_index(matrix.kind);
-    if (zero >= 0) a.correction[zero].resize(std::max(a.scale.size(), a.exponent.size()) * (zero == 3 ? 2 : 1));
+    if (zero >= 0) a.correction[zero].resize(num_groups * (zero == 3 ? 2 : 1));
 }
 
 float Matmul::Activations::scale_of(size_t row, size_t groups, size_t g) const {

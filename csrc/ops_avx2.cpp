@@ -7,6 +7,7 @@
 //           activations: 128 * 127 * 2 = 32512 still fits.
 #include <immintrin.h>
 
+#include "half.h"
 #include "ops.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -345,26 +346,21 @@ void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* su
     }
 }
 
-INLINE int32_t bits_of(float x) { return _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(x))); }
-
-// See ops_portable.cpp for the powers of two.
 float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
     float max = 0;
     for (size_t g = 0; g < k / kWideGroup; g++) {
         const float top = largest(x + g * kWideGroup, kWideGroup);
-        exponent[g] = bits_of(top);
+        exponent[g] = int32_t(bits_of(top));
         if (top > max) max = top;
     }
     const float inverse = max >= kLeastActivation ? 127.0f / max : 0;
-    const int32_t top = bits_of(max);
+    const int32_t top = int32_t(bits_of(max));
     for (size_t g = 0; g < k / kWideGroup; g++, x += kWideGroup, q += kWideGroup, sum16 += 4) {
-        int32_t down = (top - exponent[g]) >> kExponentShift;
-        if (down > kMaxExponent) down = kMaxExponent;
-        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        const int down = lower_exponent(top, exponent + g);
         const __m256 factor = _mm256_set1_ps(inverse * float(1 << down));
         for (int h = 0; h < 4; h++) sum16[h] = quantize16(x + 16 * h, factor, q + 16 * h);
     }
-    return max / 127.0f * 0x1p-30f;
+    return max / 127.0f * kExponentUnit;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {

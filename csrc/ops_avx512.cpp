@@ -9,6 +9,7 @@
 // With one or two rows a second set of int32 accumulators hides VPDPBUSD's latency; integers add exactly in any order.
 #include <immintrin.h>
 
+#include "half.h"
 #include "ops.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -363,24 +364,21 @@ void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* su
     }
 }
 
-// See ops_portable.cpp for the powers of two.
 float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
     __m512 highest = _mm512_setzero_ps();
     for (size_t g = 0; g < k / kWideGroup; g++) {
         const __m512 top = largest<4>(x + g * kWideGroup);
-        exponent[g] = _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(_mm512_reduce_max_ps(top))));
+        exponent[g] = int32_t(bits_of(_mm512_reduce_max_ps(top)));
         highest = _mm512_max_ps(highest, top);
     }
     const float max = _mm512_reduce_max_ps(highest);
-    const int32_t top = _mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(max)));
+    const int32_t top = int32_t(bits_of(max));
     const __m512 inverse = _mm512_set1_ps(max >= kLeastActivation ? 127.0f / max : 0);
     for (size_t g = 0; g < k / kWideGroup; g++, x += kWideGroup, q += kWideGroup, sum16 += 4) {
-        int32_t down = (top - exponent[g]) >> kExponentShift;
-        if (down > kMaxExponent) down = kMaxExponent;
-        exponent[g] = (kMaxExponent - down) << kExponentShift;
+        const int down = lower_exponent(top, exponent + g);
         quantize_group<4>(x, _mm512_scalef_ps(inverse, _mm512_set1_ps(float(down))), q, sum16);
     }
-    return max / 127.0f * 0x1p-30f;
+    return max / 127.0f * kExponentUnit;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {

@@ -119,8 +119,6 @@ void quantize_row(const float* x, size_t k, int8_t* q, float* scale, int32_t* su
     add_sixteens(q, k, sum16);
 }
 
-// Positive floats are ordered as their bits are: with m the maximum of a group and t of the row, the largest n for which
-// t / 2^n >= m is (bits(t) - bits(m)) >> 23.
 float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int32_t* sum16) {
     int32_t top = 0;
     for (size_t g = 0; g < k / kWideGroup; g++) {
@@ -131,13 +129,11 @@ float quantize_wide(const float* x, size_t k, int8_t* q, int32_t* exponent, int3
     }
     const float max = float_from_bits(uint32_t(top)), inverse = max >= kLeastActivation ? 127.0f / max : 0;
     for (size_t g = 0; g < k / kWideGroup; g++) {
-        const int down = std::min((top - exponent[g]) >> kExponentShift, kMaxExponent);
-        exponent[g] = (kMaxExponent - down) << kExponentShift;
-        const float factor = std::ldexp(inverse, down);
+        const float factor = std::ldexp(inverse, lower_exponent(top, exponent + g));
         for (size_t i = g * kWideGroup; i < (g + 1) * kWideGroup; i++) q[i] = int8_t(std::nearbyint(x[i] * factor));
     }
     add_sixteens(q, k, sum16);
-    return std::ldexp(max / 127.0f, -kMaxExponent);
+    return max / 127.0f * kExponentUnit;
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
