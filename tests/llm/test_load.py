@@ -95,11 +95,16 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_a_draft_model_guesses_and_changes_nothing(folder: Path, temperature: float) -> None:
+def test_a_draft_model_changes_nothing(folder: Path, temperature: float) -> None:
     question = {"seed": 5, "max_tokens": 60, "temperature": temperature, "ignore_eos": True}
     plain = miniphi.load(folder).complete("the dog", speculate="off", **question)  # type: ignore[arg-type]
     drafted = miniphi.load(folder, draft=folder).complete("the dog", **question)  # type: ignore[arg-type]
     assert drafted.choices == plain.choices
+
+
+def test_a_draft_model_shares_the_memory_for_the_cache(folder: Path) -> None:
+    block_bytes = load_program(open_checkpoint(folder)).kv_block_bytes
+    assert miniphi.load(folder, draft=folder, kv_memory_bytes=6 * block_bytes).context == 96
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(folder: Path) -> None:

@@ -63,10 +63,10 @@ class _Follower:
     use_long_factors: bool = False
     """what they were computed with"""
     block_table: list[int] = field(default_factory=list)
-    first: int = 0
-    """the place of the first of these guesses"""
     guesses: list[tuple[int, int]] = field(default_factory=list)
     """class of confidence and token; the last one may have been too unlikely to be computed, but will be checked"""
+    first_guess: int = 0
+    """its index in the sequence"""
 
 
 class DraftModel:
@@ -114,7 +114,7 @@ class DraftModel:
                 cost_of_guess = (rows_cost - base) / (num_sequences * length) + draft_cost / num_sequences
                 best_speed, best = speed, DraftPlan(length, cost_of_guess * speed)
         self._num_rested = 0 if best.length else self._num_rested + 1
-        if self._num_rested >= _REST and num_rows + num_sequences <= MAX_ROWS:
+        if self._num_rested >= _REST:
             self._num_rested = 0
             return DraftPlan(1)
         return best
@@ -128,7 +128,7 @@ class DraftModel:
             follower.guesses.clear()
             if length > 0 and len(active) < self._max_sequences and self._make_room(sequence, follower, length):
                 guesses[sequence] = []
-                follower.first = len(sequence.token_ids)
+                follower.first_guess = len(sequence.token_ids)
                 active.append((sequence, follower, 1.0, length))
         if active:
             self._catch_up([(sequence, follower) for sequence, follower, _, _ in active])
@@ -155,7 +155,7 @@ class DraftModel:
     def learn(self, sequence: Sequence) -> None:
         """Compare the last guesses with the tokens that came."""
         follower = self._followers[sequence]
-        for (index, guess), token in zip(follower.guesses, sequence.token_ids[follower.first :], strict=False):
+        for (index, guess), token in zip(follower.guesses, sequence.token_ids[follower.first_guess :], strict=False):
             is_true = guess == token
             self._chances[index] += (is_true - self._chances[index]) * _LEARNING_RATE
             self._hit_rate += (is_true - self._hit_rate) * _LEARNING_RATE
@@ -183,7 +183,6 @@ class DraftModel:
         last = min(len(seen), len(known) - 1)  # the newest token is computed anyway: its logits are needed
         while follower.num_true < last and seen[follower.num_true] == known[follower.num_true]:
             follower.num_true += 1
-        follower.num_true = min(follower.num_true, last)
         del seen[follower.num_true :]
         return True
 
@@ -199,8 +198,7 @@ class DraftModel:
     @staticmethod
     def _next_tokens(sequence: Sequence, follower: _Follower, guesses: list[int]) -> "array[int]":
         """Return the known tokens that were not computed yet, then the newest guess."""
-        missing = sequence.token_ids[len(follower.token_ids) :]
-        return array("i", guesses[-1:]) if guesses else missing
+        return array("i", guesses[-1:]) if guesses else sequence.token_ids[len(follower.token_ids) :]
 
     def _run(self, feeds: "list[tuple[Sequence, _Follower, array[int]]]", *, has_logits: bool) -> NDArray[np.float32]:
         """Compute tokens after those that each follower knows; return the logits of the last one of each."""

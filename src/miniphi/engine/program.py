@@ -214,6 +214,7 @@ def load_program(
     max_batch_tokens: int = 512,
     max_logit_rows: int = 64,
     isa: str | None = None,
+    beside: UnpackedModel | PackedModel | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Program:
     """Make a program whose cache holds `context` tokens; weights are packed first unless they are already.
@@ -221,21 +222,23 @@ def load_program(
     Without `context` the cache holds the model's whole context, or as much of it as this machine's memory does;
     `kv_memory_bytes` sets its size directly. `num_kv_blocks` asks for exactly so many blocks, for several sequences.
 
+    `beside` is a model that will be loaded next and get as many blocks of the same type: memory is shared with it.
+
     Raises:
         ContextLengthError: `context` is beyond the model's positions.
         CapacityError: `context`, or `num_kv_blocks`, does not fit the memory.
     """
     config = model.config
     num_threads = num_threads or default_num_threads()
-    block_bytes = cache_block_bytes(
-        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, CacheType.parse(kv_type)
-    )
+    models = (model,) if beside is None else (model, beside)
+    block_bytes = sum(_block_bytes(each.config, kv_type) for each in models)
+    weight_bytes = sum(each.num_bytes for each in models)
     if num_kv_blocks is None:
-        num_kv_blocks = _num_blocks(config, block_bytes, model.num_bytes, context, kv_memory_bytes)
-    elif num_kv_blocks * block_bytes > (free := _free_bytes(model.num_bytes)):
+        num_kv_blocks = _num_blocks(config, block_bytes, weight_bytes, context, kv_memory_bytes)
+    elif num_kv_blocks * block_bytes > (free := _free_bytes(weight_bytes)):
         raise CapacityError(
             f"{num_kv_blocks * KV_BLOCK_SIZE:,} tokens need {num_kv_blocks * block_bytes:,} bytes of cache; "
-            f"the weights of {model.num_bytes:,} bytes leave {free:,} of this machine's memory"
+            f"the weights of {weight_bytes:,} bytes leave {free:,} of this machine's memory"
         )
     if isinstance(model, PackedModel):
         weights = model.weights
@@ -250,6 +253,12 @@ def load_program(
         max_batch_tokens=max_batch_tokens,
         max_logit_rows=max_logit_rows,
         isa=isa,
+    )
+
+
+def _block_bytes(config: ModelConfig, kv_type: str) -> int:
+    return cache_block_bytes(
+        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, CacheType.parse(kv_type)
     )
 
 

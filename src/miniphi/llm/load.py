@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from miniphi.chat import ChatTemplate, builtin_template
 from miniphi.engine import Engine, EngineOptions, RopePolicy
+from miniphi.engine.batch import KV_BLOCK_SIZE
 from miniphi.engine.packed_file import PackedModel
 from miniphi.engine.program import Program, load_program
 from miniphi.errors import CheckpointError, InvalidRequestError
@@ -68,10 +69,10 @@ def load(
     """
     path = resolve(name_or_path, revision=revision)
     copy = PackedCopy.of(path) if packed_copy else None
-    found = None if copy is None else copy.open()
-    model, saved = found or _open(path)
+    model, saved = _open(path, copy)
     name = _name(name_or_path, revision)
     template = _chat_template(saved, name)
+    draft_model = None if draft is None else _open_draft(draft, saved.tokenizer, packed_copy=packed_copy)
     program = load_program(
         model,
         num_threads=num_threads,
@@ -79,40 +80,48 @@ def load(
         context=context,
         kv_memory_bytes=kv_memory_bytes,
         max_batch_tokens=max_batch_tokens,
+        beside=draft_model,
         on_progress=on_progress,
     )
-    draft_program = None
-    if draft is not None:
-        draft_program = _load_draft(
-            draft, saved.tokenizer, num_threads=num_threads, kv_type=kv_type, context=program.max_context
-        )
-    stop_ids = {*model.config.eos_token_ids, *saved.eos_token_ids}
-    engine = Engine(
-        program,
-        draft=draft_program,
-        stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
-        unused_token_ids=_unused_ids(saved.tokenizer, model.config.vocab_size),
-        options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
-    )
+    draft_program = None if draft_model is None else _load_draft(draft_model, program, num_threads, kv_type)
+    engine = _make_engine(program, draft_program, saved, template, context)
     on_first_rest = None
-    if copy is not None and found is None:
+    if copy is not None and not isinstance(model, PackedModel):
         write = partial(copy.write, model.config, program.weights, saved)
         on_first_rest = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
     return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
 
 
-def _load_draft(
-    name_or_path: str | os.PathLike[str], tokenizer: Tokenizer, *, num_threads: int | None, kv_type: str, context: int
-) -> Program:
+def _make_engine(
+    program: Program, draft: Program | None, saved: SavedModel, template: ChatTemplate | None, context: int | None
+) -> Engine:
+    stop_ids = {*program.config.eos_token_ids, *saved.eos_token_ids}
+    return Engine(
+        program,
+        draft=draft,
+        stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
+        unused_token_ids=_unused_ids(saved.tokenizer, program.config.vocab_size),
+        options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
+    )
+
+
+def _open_draft(
+    name_or_path: str | os.PathLike[str], tokenizer: Tokenizer, *, packed_copy: bool
+) -> "Checkpoint | PackedModel":
     path = resolve(name_or_path)
-    copy = PackedCopy.of(path)
-    model, saved = (copy and copy.open()) or _open(path)
+    model, saved = _open(path, PackedCopy.of(path) if packed_copy else None)
     if not _is_same_vocabulary(tokenizer, saved.tokenizer):
         raise InvalidRequestError(
             f"draft {os.fspath(name_or_path)}: has another vocabulary than the model; choose one of the same family"
         )
-    context = min(context, model.config.max_position_embeddings)
-    return load_program(model, num_threads=num_threads, kv_type=kv_type, context=context)
+    return model
+
+
+def _load_draft(model: "Checkpoint | PackedModel", program: Program, num_threads: int | None, kv_type: str) -> Program:
+    """Give the draft model a cache for as many tokens as the model has, or as its positions allow."""
+    longest = -(-model.config.max_position_embeddings // KV_BLOCK_SIZE)
+    num_kv_blocks = min(program.num_kv_blocks, longest)
+    return load_program(model, num_threads=num_threads, kv_type=kv_type, num_kv_blocks=num_kv_blocks)
 
 
 def _is_same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
@@ -124,7 +133,10 @@ def _is_same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
     )
 
 
-def _open(path: Path) -> "tuple[Checkpoint | PackedModel, SavedModel]":
+def _open(path: Path, copy: PackedCopy | None) -> "tuple[Checkpoint | PackedModel, SavedModel]":
+    found = None if copy is None else copy.open()
+    if found is not None:
+        return found
     # Most starts do without: they find a packed copy.
     from miniphi.checkpoint import open_checkpoint  # noqa: PLC0415
 
