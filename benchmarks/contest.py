@@ -16,7 +16,7 @@ from benchmarks.results import Block, Sample
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.works import Work
 from miniphi.errors import MiniphiError
-from miniphi.kernels import measure_machine
+from miniphi.kernels import Meter
 from miniphi.models import machine_memory
 
 PAUSE_S = 0.3
@@ -25,7 +25,6 @@ PAUSE_S = 0.3
 _WARM_TOKENS = {"prefill": 512, "decode": 2}
 """What a process does before it is timed, at the depth of its work"""
 
-_CALIBRATION_BYTES = 1 << 28  # per thread
 _SPARE_BYTES = 1 << 30
 _COMMAND_PROMPT = "Tell me a story."
 
@@ -99,7 +98,7 @@ def ask(worker: Worker, work: Work, num_tokens: int) -> tuple[float, int]:
 
 
 def hold(block: Block, work: Work, engines: Mapping[str, Engine], settings: Settings, deadline: float) -> None:
-    """Fill a block with samples, `repeats` of each engine, or fewer if the next round would pass the deadline.
+    """Fill a block with `repeats` times the work's slices of each engine, or fewer if the next would pass the deadline.
 
     Every engine is tried once, which warms caches and clocks and chooses its settings; then come the rounds.
     """
@@ -108,8 +107,10 @@ def hold(block: Block, work: Work, engines: Mapping[str, Engine], settings: Sett
         contenders = [
             best for engine in engines.values() if (best := _choose(block, work, engine, settings, workers)) is not None
         ]
-        before = _calibrate(settings)
-        for repeat in range(settings.repeats):
+        meter = Meter(num_threads=settings.num_threads)
+        before = _calibrate(meter)
+        rounds = settings.repeats * work.slices
+        for done in range(rounds):
             started = time.monotonic()
             for contender in list(contenders):
                 try:
@@ -119,12 +120,12 @@ def hold(block: Block, work: Work, engines: Mapping[str, Engine], settings: Sett
                     contenders.remove(contender)
                     workers.close(contender.key)
                     continue
-                after = _calibrate(settings)
+                after = _calibrate(meter)
                 block.samples.append(
                     Sample(engine=contender.engine.name, value=value, before=before, after=after, peak_bytes=peak)
                 )
                 say(
-                    f"  {repeat + 1}/{settings.repeats} {contender.engine.name:10} {value:10.2f} {block.unit}   "
+                    f"  {done + 1}/{rounds} {contender.engine.name:10} {value:10.2f} {block.unit}   "
                     f"{before.read_bytes_per_s / 1e9:.0f} and {after.read_bytes_per_s / 1e9:.0f} GB/s"
                 )
                 before = after
@@ -226,8 +227,8 @@ def _time_command() -> float:
     return seconds
 
 
-def _calibrate(settings: Settings) -> Limits:
-    machine = measure_machine(num_threads=settings.num_threads, bytes_per_thread=_CALIBRATION_BYTES, repeats=2)
+def _calibrate(meter: Meter) -> Limits:
+    machine = meter.measure()
     return Limits(int8_ops_per_s=machine.int8_ops_per_s, read_bytes_per_s=machine.read_bytes_per_s)
 
 

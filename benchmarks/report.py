@@ -29,15 +29,15 @@ python -m benchmarks.report results.json                                        
 ```
 
 * **In turn.** Engines run one after the other on the same work, A B C A B C, each in a process of its own with the
-  same number of threads; figures are medians over the column *repeats*. *ratio* is miniphi's speed over the peer's,
+  same number of threads; figures are medians over the column *samples*. *ratio* is miniphi's speed over the peer's,
   or the peer's time over miniphi's: above 1, miniphi is ahead.
-* **Limits.** Before and after every single measurement the machine's int8 rate and read bandwidth are measured, by
-  miniphi's own kernels with all threads (`miniphi.kernels.measure_machine`). *limit* is the speed that they allow: a
-  step reads all weights once and every sequence's part of the cache, and does two operations per weight and token and
-  four per cached number pair and query; whichever takes longer counts. *reached* is the median share, each sample
-  against the bandwidth beside it, each engine against the bytes of its own formats. It can pass 100 % where weights
-  stay in the caches (SmolLM2's mostly do), or where the bandwidth changed during a sample. *GB/s* is the span of the
-  bandwidths measured during the row.
+* **Limits.** Before and after every sample the machine's int8 rate and read bandwidth are measured, by miniphi's own
+  kernels with all threads (`miniphi.kernels.Meter`). Other programs change them within seconds, so samples are short: a
+  few steps of decoding. *limit* is the speed that they allow: a step reads all weights once and every sequence's part
+  of the cache, and does two operations per weight and token and four per cached number pair and query; whichever takes
+  longer counts. *reached* is the median share, each sample against the bandwidth beside it, each engine against the
+  bytes of its own formats. It can pass 100 % where weights stay in the caches (SmolLM2's mostly do), or where the
+  bandwidth changed during a sample. *GB/s* is the span of the bandwidths measured during the row.
 * **Same work.** All engines take the same token ids and give the logits of the last one, or choose from them; none
   decodes text. miniphi has NL4 weights (4.25 bits), as `miniphi quantize --type q4` writes them; llama.cpp Q4_0 (4.5
   bits), which it is fastest in; OpenVINO int4 in symmetric groups of 128 (4.125 bits), as its exporter makes it, built

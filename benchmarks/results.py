@@ -152,7 +152,7 @@ def speed_rows(results: Results, model: str) -> list[list[str]]:
     heading = ["work", OURS, "limit", "reached"]
     for peer in peers:
         heading += [peer, "reached", "ratio"]
-    rows = [[*heading, "repeats", "GB/s"]]
+    rows = [[*heading, "samples", "GB/s"]]
     for block in results.blocks:
         if block.model != model:
             continue

@@ -22,6 +22,8 @@ class Work:
     num_tokens: int
     depth: int = 0
     streams: int = 1
+    slices: int = 1
+    """Samples a repeat: short ones, so that the limits measured between them are those of the same moment"""
     cache: CacheKind = "default"
     models: tuple[str, ...] = MODELS
     is_ours_only: bool = False
@@ -61,13 +63,14 @@ WORKS = (
         cache="int8",
         models=(LARGE,),
     ),
-    Work(name="decode", label="decode, depth 16", kind="decode", num_tokens=64, depth=16, is_quick=True),
+    Work(name="decode", label="decode, depth 16", kind="decode", num_tokens=8, depth=16, slices=6, is_quick=True),
     Work(
         name="decode-4096",
         label="decode, depth 4,096, int8 cache",
         kind="decode",
-        num_tokens=16,
+        num_tokens=4,
         depth=4096,
+        slices=4,
         cache="int8",
         models=(LARGE,),
     ),
@@ -75,8 +78,9 @@ WORKS = (
         name="decode-16384",
         label="decode, depth 16,384, int8 cache",
         kind="decode",
-        num_tokens=8,
+        num_tokens=4,
         depth=16384,
+        slices=2,
         cache="int8",
         models=(LARGE,),
     ),
@@ -84,8 +88,9 @@ WORKS = (
         name="decode-131072",
         label="decode at the end of 131,072 tokens, int4 cache",
         kind="decode",
-        num_tokens=4,
+        num_tokens=2,
         depth=131072 - 8,
+        slices=2,
         cache="int4",
         models=(LARGE,),
         is_ours_only=True,
@@ -94,8 +99,9 @@ WORKS = (
         name="streams-8",
         label="decode, 8 streams together, int8 cache",
         kind="decode",
-        num_tokens=32,
+        num_tokens=16,
         depth=32,
+        slices=2,
         streams=8,
         cache="int8",
         is_quick=True,

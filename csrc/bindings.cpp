@@ -410,33 +410,48 @@ std::vector<std::pair<double, bool>> score_tokens(ConstArray<float, 2> logits, C
     return result;
 }
 
-// Operations per second of the int8 units, bytes per second of one contiguous stream a thread.
-std::pair<double, double> measure_machine(const std::string& isa, int num_threads, size_t bytes_per_thread, int repeats) {
-    const Ops& ops = select_ops(isa);
-    require(num_threads >= 1 && bytes_per_thread >= 4096 && repeats >= 1, "measure_machine: nothing to measure");
-    nb::gil_scoped_release release;
-    ThreadPool pool(num_threads);
-    Memory memory(bytes_per_thread * num_threads);
-    std::atomic<uint64_t> done{0}, sink{0};
-    const auto seconds = [&](const std::function<void(int)>& body) {
-        const auto start = std::chrono::steady_clock::now();
-        pool.run(body);
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    };
-    pool.run([&](int thread) {   // touch every page, and let the clocks rise
-        uint8_t* p = memory.data() + thread * bytes_per_thread;
-        for (size_t i = 0; i < bytes_per_thread; i += 4096) p[i] = uint8_t(i);
-    });
-    double best_rate = 0, best_bandwidth = 0;
-    for (int repeat = 0; repeat < repeats; repeat++) {
-        done = 0;
-        const double spin = seconds([&](int) { done += ops.spin_int8(20'000'000); });
-        best_rate = std::max(best_rate, double(done) / spin);
-        const double read = seconds([&](int thread) { sink += ops.read_bytes(memory.data() + thread * bytes_per_thread, bytes_per_thread); });
-        best_bandwidth = std::max(best_bandwidth, double(bytes_per_thread) * num_threads / read);
+// What the machine gives just now, all threads together. It keeps its memory, so that it can be asked between any two
+// pieces of work.
+class Meter {
+public:
+    Meter(const std::string& isa, int num_threads, size_t bytes_per_thread)
+        : ops_(select_ops(isa)), bytes_per_thread_(bytes_per_thread), pool_(checked_threads(num_threads)), memory_(bytes_per_thread * num_threads) {
+        require(bytes_per_thread >= 4096, "Meter: nothing to read");
+        pool_.run([&](int thread) {   // touch every page
+            for (size_t i = 0; i < bytes_per_thread_; i += 4096) part(thread)[i] = uint8_t(i);
+        });
     }
-    return {best_rate, best_bandwidth};
-}
+    // Operations of the int8 units, while all of them do nothing else.
+    double int8_ops_per_s() {
+        std::atomic<uint64_t> done{0};
+        const double time = seconds([&](int) { done += ops_.spin_int8(20'000'000); });
+        return double(done) / time;
+    }
+    // Bytes of one contiguous stream a thread.
+    double read_bytes_per_s() {
+        std::atomic<uint64_t> sink{0};
+        const double time = seconds([&](int thread) { sink += ops_.read_bytes(part(thread), bytes_per_thread_); });
+        return double(bytes_per_thread_) * pool_.size() / time;
+    }
+
+private:
+    static int checked_threads(int num_threads) {
+        require(num_threads >= 1, "Meter: no threads");
+        return num_threads;
+    }
+    uint8_t* part(int thread) { return memory_.data() + size_t(thread) * bytes_per_thread_; }
+    double seconds(const std::function<void(int)>& body) {
+        nb::gil_scoped_release release;
+        const auto start = std::chrono::steady_clock::now();
+        pool_.run(body);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+
+    const Ops& ops_;
+    const size_t bytes_per_thread_;
+    ThreadPool pool_;
+    Memory memory_;
+};
 
 }  // namespace
 
@@ -447,7 +462,10 @@ NB_MODULE(_native, m) {
     m.def("attention", &attention, "isa"_a, "num_threads"_a, "heads"_a, "cache_type"_a, "qkv"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "chunk"_a);
     m.def("rms_norm", &rms_norm, "isa"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a);
     m.def("silu_mul", &silu_mul, "isa"_a, "gate_up"_a.noconvert());
-    m.def("measure_machine", &measure_machine, "isa"_a, "num_threads"_a, "bytes_per_thread"_a, "repeats"_a);
+    nb::class_<Meter>(m, "Meter")
+        .def(nb::init<const std::string&, int, size_t>(), "isa"_a, "num_threads"_a, "bytes_per_thread"_a)
+        .def("int8_ops_per_s", &Meter::int8_ops_per_s)
+        .def("read_bytes_per_s", &Meter::read_bytes_per_s);
     m.def("cache_block_bytes", [](size_t num_layers, size_t num_kv_heads, size_t head_dim, int type) {
         const HeadShape shape{num_layers, num_kv_heads, num_kv_heads, head_dim, head_dim, 0};
         return num_layers * num_kv_heads * KvCache::head_bytes(shape, checked_cache_type(type));

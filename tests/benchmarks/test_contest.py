@@ -1,5 +1,6 @@
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ class FakeWorkers:
 def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
     fake = FakeWorkers()
     monkeypatch.setattr(contest, "start_worker", fake.start)
-    monkeypatch.setattr(contest, "_calibrate", lambda settings: SLOW)
+    monkeypatch.setattr(contest, "_calibrate", lambda meter: SLOW)
     monkeypatch.setattr(contest, "PAUSE_S", 0)
     return fake
 
@@ -71,10 +72,10 @@ def engine(name: str, tmp_path: Path, runner: str = "one") -> Engine:
     return FakeEngine(name=name, version="1", python="", runner=runner, model_file=lambda model, folder: path)
 
 
-def held(tmp_path: Path, *engines: Engine, repeats: int = 3, seconds: float = 60.0) -> Block:
+def held(tmp_path: Path, *engines: Engine, repeats: int = 3, seconds: float = 60.0, work: Work = WORK) -> Block:
     block = Block(model=LARGE, work="decode", label="decode", unit="tok/s")
     settings = Settings(num_threads=1, repeats=repeats, folder=tmp_path)
-    hold(block, WORK, {engine.name: engine for engine in engines}, settings, time.monotonic() + seconds)
+    hold(block, work, {engine.name: engine for engine in engines}, settings, time.monotonic() + seconds)
     return block
 
 
@@ -84,6 +85,11 @@ def test_engines_take_turns_after_a_short_trial(workers: FakeWorkers, tmp_path: 
     assert [sample.engine for sample in block.samples] == ["a", "b"] * 3
     assert block.demands == {"a": DECODE, "b": DECODE}
     assert not workers.alive
+
+
+def test_every_repeat_is_cut_into_slices(workers: FakeWorkers, tmp_path: Path) -> None:
+    block = held(tmp_path, engine("a", tmp_path), engine("b", tmp_path), repeats=2, work=replace(WORK, slices=3))
+    assert [sample.engine for sample in block.samples] == ["a", "b"] * 6
 
 
 def test_the_fastest_setting_goes_on_and_the_other_ends(workers: FakeWorkers, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_what_was_not_measured_has_no_figure() -> None:
 
 def test_the_table_has_medians_limits_shares_and_ratios() -> None:
     rows = speed_rows(results(decode_block(), start_block()), "tiny")
-    assert rows[0] == ["work", "miniphi", "limit", "reached", "peer", "reached", "ratio", "repeats", "GB/s"]
+    assert rows[0] == ["work", "miniphi", "limit", "reached", "peer", "reached", "ratio", "samples", "GB/s"]
     assert rows[1] == ["decode, depth 16, tok/s", "9.00", "10.0", "90%", "5.00", "50%", "1.80", "3", "30-60"]
     assert rows[2] == ["first token, s", "0.50", "", "", "1.00", "", "2.00", "1", "30-30"]
     assert speed_rows(results(decode_block()), "another")[1:] == []

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from miniphi.kernels import measure_machine
+from miniphi.kernels import Meter
 from miniphi.models import MachineMemory
 from tests.checkpoint.tiny_models import tiny_config
 from tests.fake_llm import write_tiny_model
@@ -18,8 +18,7 @@ SMALL = ("--prompt", "40", "--tokens", "3", "--streams", "2", "--repeats", "1", 
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = partial(measure_machine, bytes_per_thread=1 << 22, repeats=1)
-    monkeypatch.setattr("miniphi.engine.speed.measure_machine", quick)
+    monkeypatch.setattr("miniphi.engine.speed.Meter", partial(Meter, bytes_per_thread=1 << 22))
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """How fast a program is, as tokens per second and as a share of what the machine gave a moment before.
 
-The limits are the int8 rate for prefill and the read bandwidth for decode, measured in the same run (docs/kernels.md).
+The limits are the int8 rate for prefill and the read bandwidth for decode, measured between any two samples, because
+they change from one second to the next (docs/kernels.md).
 Owns the arithmetic of work and bytes per token. Knows no text and no peer.
 """
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from miniphi.engine.batch import KV_BLOCK_SIZE, Batch
 from miniphi.engine.program import Program
 from miniphi.engine.weights import ModelWeights
 from miniphi.errors import InvalidRequestError
-from miniphi.kernels import Kind, MachineLimits, measure_machine
+from miniphi.kernels import Kind, MachineLimits, Meter
 
 __all__ = [
     "INT8_RATE",
@@ -30,6 +31,9 @@ __all__ = [
     "measure_speed",
 ]
 
+SLICE_STEPS = 8
+"""Tokens of every sequence that are decoded between two measurements of the limits"""
+
 INT8_RATE, READ_BANDWIDTH = "int8 rate", "read bandwidth"
 """The limits, as a user reads them"""
 
@@ -39,7 +43,7 @@ NUM_TOKEN_IDS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedReport:
-    """Medians of several repetitions, and the limits measured before and after them."""
+    """Medians of several samples, of the limits beside them, and of the share of these that every sample reached."""
 
     isa: str
     num_threads: int
@@ -102,22 +106,16 @@ def measure_speed(
             f"the measurement needs {needed} cache blocks and there are {program.num_kv_blocks}; "
             "choose a shorter prompt, fewer streams or a larger context"
         )
-    before = measure_machine(isa=program.native.isa, num_threads=program.native.num_threads)
-    prefill = [measure_prefill(program, prompt_tokens) for _ in range(repeats)]
-    decode = [measure_decode(program, prompt_tokens, decode_tokens) for _ in range(repeats)]
-    together = [measure_decode(program, KV_BLOCK_SIZE, decode_tokens, streams) for _ in range(repeats)]
-    after = measure_machine(isa=program.native.isa, num_threads=program.native.num_threads)
-    limits = MachineLimits(
-        isa=before.isa,
-        num_threads=before.num_threads,
-        int8_ops_per_s=max(before.int8_ops_per_s, after.int8_ops_per_s),
-        read_bytes_per_s=max(before.read_bytes_per_s, after.read_bytes_per_s),
+    meter = Meter(isa=program.native.isa, num_threads=program.native.num_threads)
+    prefill = _sample(meter, repeats, lambda: measure_prefill(program, prompt_tokens))
+    decode = _sample_decode(program, meter, depth=prompt_tokens, num_tokens=decode_tokens, streams=1, repeats=repeats)
+    together = _sample_decode(
+        program, meter, depth=KV_BLOCK_SIZE, num_tokens=decode_tokens, streams=streams, repeats=repeats
     )
-    prefill_speed, decode_speed = statistics.median(prefill), statistics.median(decode)
-    streams_speed = statistics.median(together)
+    limits = _middle([sample.limits for sample in (*prefill, *decode, *together)])
     operations, quantized = prefill_operations(program.config, program.weights, prompt_tokens)
-    bytes_per_token = decode_bytes(program, prompt_tokens + decode_tokens // 2)
-    streams_limit, streams_bound = _streams_bound(program, KV_BLOCK_SIZE + decode_tokens // 2, streams, limits)
+    bytes_per_token = decode_bytes(program, prompt_tokens)
+    bounds = [_streams_bound(program, KV_BLOCK_SIZE, streams, sample.limits) for sample in together]
     return SpeedReport(
         isa=limits.isa,
         num_threads=limits.num_threads,
@@ -125,15 +123,60 @@ def measure_speed(
         read_bytes_per_s=limits.read_bytes_per_s,
         weight_bytes=program.weights.num_bytes,
         prompt_tokens=prompt_tokens,
-        prefill_tokens_per_s=prefill_speed,
-        prefill_fraction=prefill_speed * operations / limits.int8_ops_per_s if quantized else None,
+        prefill_tokens_per_s=statistics.median(sample.speed for sample in prefill),
+        prefill_fraction=statistics.median(
+            sample.speed * operations / sample.limits.int8_ops_per_s for sample in prefill
+        )
+        if quantized
+        else None,
         decode_depth=prompt_tokens,
-        decode_tokens_per_s=decode_speed,
-        decode_fraction=decode_speed * bytes_per_token / limits.read_bytes_per_s,
+        decode_tokens_per_s=statistics.median(sample.speed for sample in decode),
+        decode_fraction=statistics.median(
+            sample.speed * bytes_per_token / sample.limits.read_bytes_per_s for sample in decode
+        ),
         streams=streams,
-        streams_tokens_per_s=streams_speed,
-        streams_fraction=streams_speed / streams_bound,
-        streams_limit=streams_limit,
+        streams_tokens_per_s=statistics.median(sample.speed for sample in together),
+        streams_fraction=statistics.median(
+            sample.speed / bound for sample, (_, bound) in zip(together, bounds, strict=True)
+        ),
+        streams_limit=_streams_bound(program, KV_BLOCK_SIZE, streams, limits)[0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    speed: float
+    """tokens per second"""
+    limits: MachineLimits
+    """in the middle of it, as far as one can tell"""
+
+
+def _sample(meter: Meter, count: int, measure: Callable[[], float]) -> list[_Sample]:
+    """Measure so many times, and the machine's limits before and after each."""
+    samples, before = [], meter.measure()
+    for _ in range(count):
+        speed, after = measure(), meter.measure()
+        samples.append(_Sample(speed=speed, limits=_middle([before, after])))
+        before = after
+    return samples
+
+
+def _sample_decode(
+    program: Program, meter: Meter, *, depth: int, num_tokens: int, streams: int, repeats: int
+) -> list[_Sample]:
+    """Fill the cache once, then measure slices of a few steps, together about `repeats` times `num_tokens` of them."""
+    steps = min(num_tokens, SLICE_STEPS)
+    measure_decode(program, depth, steps, streams)
+    count = repeats * max(1, num_tokens // steps)
+    return _sample(meter, count, lambda: measure_decode(program, depth, steps, streams, is_filled=True))
+
+
+def _middle(limits: list[MachineLimits]) -> MachineLimits:
+    return MachineLimits(
+        isa=limits[0].isa,
+        num_threads=limits[0].num_threads,
+        int8_ops_per_s=statistics.median(each.int8_ops_per_s for each in limits),
+        read_bytes_per_s=statistics.median(each.read_bytes_per_s for each in limits),
     )
 
 

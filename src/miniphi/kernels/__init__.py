@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "MachineLimits",
     "MappedMatrices",
+    "Meter",
     "NativeProgram",
     "NativeSampler",
     "PackedMatrix",
@@ -35,7 +36,6 @@ __all__ = [
     "default_num_threads",
     "layout_fingerprint",
     "matmul",
-    "measure_machine",
     "sample_rows",
     "score_rows",
     "selected_isa",
@@ -101,6 +101,29 @@ class MachineLimits:
     num_threads: int
     int8_ops_per_s: float
     read_bytes_per_s: float
+
+
+class Meter:
+    """Measures what the machine gives just now, in some 20 ms, between any two pieces of work.
+
+    Other programs change that from one second to the next, so a share of the limit is worth as much as its
+    measurement is near. Takes `bytes_per_thread` of memory (default: 512 MB in all, and at least 64 MB each).
+    """
+
+    def __init__(self, *, isa: str | None = None, num_threads: int | None = None, bytes_per_thread: int | None = None):
+        self._isa = selected_isa(isa)
+        self._num_threads = num_threads or default_num_threads()
+        size = bytes_per_thread or max(1 << 26, (1 << 29) // self._num_threads)
+        self._native = _native.Meter(self._isa, self._num_threads, size)
+
+    def measure(self) -> MachineLimits:
+        """Return the int8 rate and the read bandwidth: the limits of prefill and of decode."""
+        return MachineLimits(
+            isa=self._isa,
+            num_threads=self._num_threads,
+            int8_ops_per_s=self._native.int8_ops_per_s(),
+            read_bytes_per_s=self._native.read_bytes_per_s(),
+        )
 
 
 def available_isas() -> tuple[str, ...]:
@@ -229,13 +252,3 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def cache_block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, cache_type: CacheType) -> int:
     """Return the bytes of one cache block of 32 tokens, all layers."""
     return _native.cache_block_bytes(num_layers, num_kv_heads, head_dim, int(cache_type))
-
-
-def measure_machine(
-    *, isa: str | None = None, num_threads: int | None = None, bytes_per_thread: int = 1 << 29, repeats: int = 3
-) -> MachineLimits:
-    """Measure the int8 rate and the read bandwidth: the limits of prefill and of decode. Takes about a second."""
-    isa = selected_isa(isa)
-    num_threads = num_threads or default_num_threads()
-    ops, read = _native.measure_machine(isa, num_threads, bytes_per_thread, repeats)
-    return MachineLimits(isa=isa, num_threads=num_threads, int8_ops_per_s=ops, read_bytes_per_s=read)
