@@ -276,15 +276,30 @@ void Matmul::multiply_edge(const Call& call, const PackedMatrix& matrix, const u
     }
 }
 
-void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const {
-    const size_t first = strip * kStripBlocks, last = std::min(first + kStripBlocks, matrix.num_blocks());
-    const size_t whole = call.fine ? first : std::min(last, matrix.rows / kBlockColumns);   // the blocks that need no edge
-    if (is_quantized(matrix.kind)) {
-        const size_t panel = panel_rows(matrix.depth);
+// Blocks [first, last), none of which needs an edge. With the rows of one tile, next to nothing comes between one block's weights
+// and the next one's: whatever the processor does there, it does instead of reading ahead.
+void Matmul::multiply_whole(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const {
+    if (call.num_rows <= size_t(ops_.tile_rows)) {
+        const QuantRows a = rows_for(matrix);
+        const auto tile = ops_.tile[int(matrix.kind)];
+        const size_t bytes = block_bytes(matrix.kind, matrix.depth);
+        Prefetch prefetch = prefetch_share(matrix, matrix.block(first), call.num_rows, 1, 0);
+        for (y += first * kBlockColumns; first < last; first++, y += kBlockColumns, prefetch.next += bytes)
+            tile(prefetch.next - bytes, prefetch, a, 0, int(call.num_rows), y, call.y_stride, call.add);
+        return;
+    }
+    const size_t panel = panel_rows(matrix.depth);
+    for (; first < last; first += kStripBlocks)
         for (size_t start = 0; start < call.num_rows; start += panel)
-            for (size_t block = first; block < whole; block++)
+            for (size_t block = first; block < std::min(first + kStripBlocks, last); block++)
                 multiply_panel(call, matrix, block, start, std::min(panel, call.num_rows - start),
                                y + start * call.y_stride + block * kBlockColumns, call.y_stride);
+}
+
+void Matmul::multiply_blocks(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const {
+    const size_t whole = call.fine ? first : std::min(last, matrix.rows / kBlockColumns);   // the blocks that need no edge
+    if (is_quantized(matrix.kind)) {
+        multiply_whole(call, matrix, first, whole, y);
     } else {
         for (size_t block = first; block < whole; block++)
             for (size_t row = 0; row < call.num_rows; row += kMaxPanelRows)
@@ -299,22 +314,24 @@ void Matmul::multiply_strip(const Call& call, const PackedMatrix& matrix, size_t
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
     const auto num_strips = [](const PackedMatrix& matrix) { return (matrix.num_blocks() + kStripBlocks - 1) / kStripBlocks; };
-    size_t item, total = 0;
+    size_t first, last, total = 0;
     if (call.gated) {
         std::vector<float> scratch;
         for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
-        while (work.take(queue, thread, total / 2, &item)) multiply_gated(call, item, total / 2 + item, scratch);
+        while (work.take_run(queue, thread, total / 2, &first, &last))
+            for (size_t item = first; item < last; item++) multiply_gated(call, item, total / 2 + item, scratch);
         return;
     }
     for (const PackedMatrix* matrix : call.matrices) total += num_strips(*matrix);
-    while (work.take(queue, thread, total, &item)) {
+    while (work.take_run(queue, thread, total, &first, &last)) {
         float* y = call.y;
+        size_t start = 0;   // the number of the matrix's first strip
         for (const PackedMatrix* matrix : call.matrices) {
-            if (item < num_strips(*matrix)) {
-                multiply_strip(call, *matrix, item, y);
-                break;
-            }
-            item -= num_strips(*matrix);
+            const size_t end = start + num_strips(*matrix);
+            if (std::max(first, start) < std::min(last, end))
+                multiply_blocks(call, *matrix, (std::max(first, start) - start) * kStripBlocks,
+                                std::min((std::min(last, end) - start) * kStripBlocks, matrix->num_blocks()), y);
+            start = end;
             y += matrix->rows;
         }
     }

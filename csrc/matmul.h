@@ -106,7 +106,8 @@ private:
                         size_t y_stride) const;
     void multiply_gated(const Call& call, size_t block, size_t up, std::vector<float>& scratch) const;
     void multiply_edge(const Call& call, const PackedMatrix& matrix, const uint8_t* block, size_t columns, float* y) const;
-    void multiply_strip(const Call& call, const PackedMatrix& matrix, size_t strip, float* y) const;
+    void multiply_whole(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const;
+    void multiply_blocks(const Call& call, const PackedMatrix& matrix, size_t first, size_t last, float* y) const;
 
     const Ops& ops_;
     const size_t max_rows_, max_depth_;

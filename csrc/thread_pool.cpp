@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <algorithm>
+
 namespace miniphi {
 namespace {
 
@@ -75,14 +77,26 @@ void WorkQueue::reset() {
 }
 
 bool WorkQueue::take(size_t queue, int thread, size_t count, size_t* item) {
+    size_t last;
+    return take_some(queue, thread, count, false, item, &last);
+}
+
+bool WorkQueue::take_run(size_t queue, int thread, size_t count, size_t* first, size_t* last) {
+    return take_some(queue, thread, count, true, first, last);
+}
+
+bool WorkQueue::take_some(size_t queue, int thread, size_t count, bool many, size_t* first, size_t* last) {
     for (int step = 0; step < num_threads_; step++) {
         const int owner = (thread + step) % num_threads_;
-        const size_t first = count * owner / num_threads_, last = count * (owner + 1) / num_threads_;
-        Counter& counter = counters_[queue * num_threads_ + owner];
-        if (counter.taken.load(std::memory_order_relaxed) >= last - first) continue;
-        const size_t taken = counter.taken.fetch_add(1, std::memory_order_relaxed);
-        if (taken >= last - first) continue;
-        *item = first + taken;
+        const size_t start = count * owner / num_threads_, size = count * (owner + 1) / num_threads_ - start;
+        std::atomic<size_t>& counter = counters_[queue * num_threads_ + owner].taken;
+        const size_t seen = counter.load(std::memory_order_relaxed);
+        if (seen >= size) continue;
+        const size_t wanted = many && step == 0 ? (size - seen + 1) / 2 : 1;
+        const size_t taken = counter.fetch_add(wanted, std::memory_order_relaxed);
+        if (taken >= size) continue;
+        *first = start + taken;
+        *last = start + std::min(taken + wanted, size);
         return true;
     }
     return false;

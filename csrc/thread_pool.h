@@ -52,8 +52,13 @@ public:
     void reset();
     // The next item for `thread` of queue `queue`, items [0, count) cut in num_threads even ranges; false when empty.
     bool take(size_t queue, int thread, size_t count, size_t* item);
+    // The same for many small items: the first half of what is left of the thread's own range, or one item of another's.
+    // Taking is a fence, which waits for every line that is on its way and starts the next one only then.
+    bool take_run(size_t queue, int thread, size_t count, size_t* first, size_t* last);
 
 private:
+    bool take_some(size_t queue, int thread, size_t count, bool many, size_t* first, size_t* last);
+
     struct alignas(64) Counter {
         std::atomic<size_t> taken{0};
     };
