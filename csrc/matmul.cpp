@@ -313,24 +313,20 @@ void Matmul::multiply_blocks(const Call& call, const PackedMatrix& matrix, size_
 }
 
 void Matmul::multiply(const Call& call, size_t queue, int thread, WorkQueue& work) {
-    const auto num_strips = [](const PackedMatrix& matrix) { return (matrix.num_blocks() + kStripBlocks - 1) / kStripBlocks; };
     size_t first, last, total = 0;
-    if (call.gated) {
-        std::vector<float> scratch;
-        for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
-        while (work.take_run(queue, thread, total / 2, &first, &last))
-            for (size_t item = first; item < last; item++) multiply_gated(call, item, total / 2 + item, scratch);
-        return;
-    }
-    for (const PackedMatrix* matrix : call.matrices) total += num_strips(*matrix);
-    while (work.take_run(queue, thread, total, &first, &last)) {
+    for (const PackedMatrix* matrix : call.matrices) total += matrix->num_blocks();
+    std::vector<float> scratch;
+    while (work.take_run(queue, thread, call.gated ? total / 2 : total, &first, &last)) {
+        if (call.gated) {
+            for (size_t block = first; block < last; block++) multiply_gated(call, block, total / 2 + block, scratch);
+            continue;
+        }
         float* y = call.y;
-        size_t start = 0;   // the number of the matrix's first strip
+        size_t start = 0;   // the number of the matrix's first block
         for (const PackedMatrix* matrix : call.matrices) {
-            const size_t end = start + num_strips(*matrix);
+            const size_t end = start + matrix->num_blocks();
             if (std::max(first, start) < std::min(last, end))
-                multiply_blocks(call, *matrix, (std::max(first, start) - start) * kStripBlocks,
-                                std::min((std::min(last, end) - start) * kStripBlocks, matrix->num_blocks()), y);
+                multiply_blocks(call, *matrix, std::max(first, start) - start, std::min(last, end) - start, y);
             start = end;
             y += matrix->rows;
         }
