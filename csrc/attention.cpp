@@ -189,7 +189,8 @@ void Attention::weigh(const KvCache::Head* blocks, Span span, size_t first_row, 
             for (size_t row = first_row; row < first_row + num_rows; row += kMaxPanelRows) {
                 const int rows = int(std::min<size_t>(kMaxPanelRows, first_row + num_rows - row));
                 const float* p = scratch.scores.data() + row * kChunk + b * kCacheBlock;
-                ops_.panel[int(cache_.key_kind())](p, kChunk, rows, blocks[b].values + i * cache_.value_stride(), kCacheBlock,
+                ops_.panel[int(cache_.key_kind())](p, kChunk, rows, blocks[b].values + i * cache_.value_stride(),
+                                                   std::min(kCacheBlock, span.end - b * kCacheBlock),
                                                    scratch.chunk.data() + row * padded + 32 * i, padded, b > span.first);
             }
         }
@@ -212,7 +213,7 @@ void Attention::weigh_quantized(const KvCache::Head* blocks, Span span, size_t f
         for (size_t row = first_row; row < first_row + num_rows; row += kMaxValueRows) {
             const size_t at = row * kChunk + offset;
             const WeightPlanes weights{scratch.high.data() + at, scratch.low.data() + at, kChunk};
-            values(panels, span.last - span.first, weights, int(std::min<size_t>(kMaxValueRows, first_row + num_rows - row)),
+            values(panels, span.end - offset, weights, int(std::min<size_t>(kMaxValueRows, first_row + num_rows - row)),
                    scratch.weight_scale.data() + row, scratch.chunk.data() + row * padded + 32 * i, padded);
         }
     }
@@ -230,7 +231,7 @@ void Attention::attend_chunk(const Sequences& s, const Item& item, size_t layer,
     size_t low, high, unused;
     visible(0, &low, &unused);
     visible(item.num_tokens - 1, &unused, &high);
-    const Span span{low / kCacheBlock, (high + kCacheBlock - 1) / kCacheBlock};
+    const Span span{low / kCacheBlock, (high + kCacheBlock - 1) / kCacheBlock, high};
     KvCache::Head heads[kMaxHeadsTogether][kChunkBlocks];
     for (size_t b = span.first; b < span.last; b++) {
         heads[0][b] = cache_.head(layer, table[b], item.kv_head);

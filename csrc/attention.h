@@ -66,8 +66,8 @@ private:
         std::vector<int32_t> query_correction, query_sums;
         std::vector<uint8_t> high, low;
     };
-    struct Span {   // what a tile sees of a chunk: cache blocks [first, last) of it
-        size_t first, last;
+    struct Span {   // what a tile sees of a chunk: cache blocks [first, last) of it, tokens up to `end`
+        size_t first, last, end;
     };
     size_t rows_per_head(const Item& item) const { return item.num_tokens * shape_.group(); }
     size_t first_chunk(const Sequences& s, size_t token) const;

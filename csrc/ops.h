@@ -21,15 +21,16 @@ using PanelFn = void (*)(const float* a, size_t a_stride, int num_rows, const vo
                          size_t c_stride, bool add);
 
 // Attention's p V over a quantised cache, one panel of 32 dims: c[i][0..32) = scale[i] sum over blocks b and tokens t of
-// (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxValueRows. panels[b] is the panel of block b
-// (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127.
+// (128 high + low)[i][32 b + t] V[b][t][0..32), i < num_rows <= kMaxValueRows, over num_tokens tokens 32 b + t. panels[b] is
+// the panel of block b (kv_cache.h), at most kMaxPanels of them: 32-bit sums are exact. Both planes hold 0 .. 127, and 0 for
+// the last panel's further tokens, which may be read or not.
 constexpr size_t kMaxPanels = 8;
 constexpr int kMaxValueRows = 6;
 struct WeightPlanes {
     const uint8_t *high, *low;
     size_t stride;
 };
-using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& weights, int num_rows,
+using ValuesFn = void (*)(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& weights, int num_rows,
                           const float* scale, float* c, size_t c_stride);
 
 // Of one row of scores: weights are 2^(score - max), in units of `unit` where they are integers; `sum` is that of the

@@ -276,13 +276,13 @@ INLINE __m256i values_at(const uint8_t* panel, int s, int lane) {
 
 // 8 dims at a time; weights of at most 127 leave room for one pair of products in 16 bits.
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int row = 0; row < num_rows; row++) {
         for (int lane = 0; lane < 128; lane += 32) {
             __m256i high = _mm256_setzero_si256(), low = high;
-            for (size_t b = 0; b < num_panels; b++) {
+            for (size_t b = 0; 32 * b < num_tokens; b++) {
                 UNROLL for (int s = 0; s < 8; s++) {
                     const __m256i v = values_at<kBits>(panels[b], s, lane);
                     int32_t four[2];

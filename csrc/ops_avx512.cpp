@@ -283,9 +283,11 @@ INLINE __m512i values_at(const uint8_t* panel, int h) {
     return _mm512_shuffle_epi8(table, _mm512_and_si512(v, _mm512_set1_epi8(15)));
 }
 
+// The first num_steps of a panel's 8 steps, of 4 tokens each.
 template <int kBits, int kStep, int kRows>
-INLINE void value_steps(const uint8_t* panel, const WeightPlanes& p, size_t k, __m512i (*high)[2], __m512i (*low)[2]) {
+INLINE void value_steps(const uint8_t* panel, int num_steps, const WeightPlanes& p, size_t k, __m512i (*high)[2], __m512i (*low)[2]) {
     if constexpr (kStep < 8) {
+        if (kStep == num_steps) return;
         const __m512i v[2] = {values_at<kBits, kStep>(panel, 0), values_at<kBits, kStep>(panel, 1)};
         UNROLL for (int m = 0; m < kRows; m++) {
             const __m512i a = broadcast4(p.high + m * p.stride + k + 4 * kStep), b = broadcast4(p.low + m * p.stride + k + 4 * kStep);
@@ -294,16 +296,18 @@ INLINE void value_steps(const uint8_t* panel, const WeightPlanes& p, size_t k, _
                 low[m][h] = _mm512_dpbusd_epi32(low[m][h], b, v[h]);
             }
         }
-        value_steps<kBits, kStep + 1, kRows>(panel, p, k, high, low);
+        value_steps<kBits, kStep + 1, kRows>(panel, num_steps, p, k, high, low);
     }
 }
 
 template <int kBits, int kRows>
-void value_rows(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, const float* scale, float* c,
+void value_rows(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& p, const float* scale, float* c,
                 size_t c_stride) {
     __m512i high[kRows][2], low[kRows][2];
     UNROLL for (int m = 0; m < kRows; m++) high[m][0] = high[m][1] = low[m][0] = low[m][1] = _mm512_setzero_si512();
-    for (size_t b = 0; b < num_panels; b++) value_steps<kBits, 0, kRows>(panels[b], p, 32 * b, high, low);
+    size_t first = 0;   // token of the panel
+    for (; first + 32 <= num_tokens; first += 32) value_steps<kBits, 0, kRows>(*panels++, 8, p, first, high, low);
+    if (first < num_tokens) value_steps<kBits, 0, kRows>(*panels, int(num_tokens - first + 3) / 4, p, first, high, low);
     UNROLL for (int m = 0; m < kRows; m++) {
         UNROLL for (int h = 0; h < 2; h++) {
             const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[m][h], 7), low[m][h]);
@@ -313,15 +317,15 @@ void value_rows(const uint8_t* const* panels, size_t num_panels, const WeightPla
 }
 
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows, const float* scale, float* c,
+void values(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& p, int num_rows, const float* scale, float* c,
             size_t c_stride) {
     switch (num_rows) {
-        case 1: return value_rows<kBits, 1>(panels, num_panels, p, scale, c, c_stride);
-        case 2: return value_rows<kBits, 2>(panels, num_panels, p, scale, c, c_stride);
-        case 3: return value_rows<kBits, 3>(panels, num_panels, p, scale, c, c_stride);
-        case 4: return value_rows<kBits, 4>(panels, num_panels, p, scale, c, c_stride);
-        case 5: return value_rows<kBits, 5>(panels, num_panels, p, scale, c, c_stride);
-        default: return value_rows<kBits, 6>(panels, num_panels, p, scale, c, c_stride);
+        case 1: return value_rows<kBits, 1>(panels, num_tokens, p, scale, c, c_stride);
+        case 2: return value_rows<kBits, 2>(panels, num_tokens, p, scale, c, c_stride);
+        case 3: return value_rows<kBits, 3>(panels, num_tokens, p, scale, c, c_stride);
+        case 4: return value_rows<kBits, 4>(panels, num_tokens, p, scale, c, c_stride);
+        case 5: return value_rows<kBits, 5>(panels, num_tokens, p, scale, c, c_stride);
+        default: return value_rows<kBits, 6>(panels, num_tokens, p, scale, c, c_stride);
     }
 }
 

@@ -271,12 +271,12 @@ INLINE int8x16_t values_at(const uint8_t* panel, int s, int lane) {
 
 // 4 dims at a time; the weights of four steps are one vector, and SDOT takes a lane of it.
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     for (int row = 0; row < num_rows; row++) {
         for (int lane = 0; lane < 128; lane += 16) {
             int32x4_t high = vdupq_n_s32(0), low = high;
-            for (size_t b = 0; b < num_panels; b++) {
+            for (size_t b = 0; 32 * b < num_tokens; b++) {
                 UNROLL for (int part = 0; part < 2; part++) {
                     const size_t k = row * p.stride + 32 * b + 16 * part;
                     const int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(p.high + k)), z = vreinterpretq_s8_u8(vld1q_u8(p.low + k));

@@ -82,12 +82,12 @@ void panel(const float* a, size_t a_stride, int num_rows, const void* data, size
 float load_f32(float x) { return x; }
 
 template <int kBits>
-void values(const uint8_t* const* panels, size_t num_panels, const WeightPlanes& p, int num_rows,
+void values(const uint8_t* const* panels, size_t num_tokens, const WeightPlanes& p, int num_rows,
             const float* scale, float* c, size_t c_stride) {
     for (int i = 0; i < num_rows; i++) {
         for (int n = 0; n < int(kBlockColumns); n++) {
             int32_t sum = 0;
-            for (size_t t = 0; t < 32 * num_panels; t++) {
+            for (size_t t = 0; t < num_tokens; t++) {
                 const int32_t weight = 128 * p.high[i * p.stride + t] + p.low[i * p.stride + t];
                 const int s = int(t % 32) / 4, byte = n / 16 * 64 + n % 16 * 4 + int(t % 4);
                 const uint8_t* panel = panels[t / 32];

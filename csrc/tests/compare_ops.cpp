@@ -338,11 +338,14 @@ void check_values(Check& check, ValuesFn values, ValuesFn portable) {
                 low.push_back(uint8_t(extreme ? 127 : random.integer(0, 127)));
             }
             const std::vector<float> scale = random.uniforms(kMaxValueRows, 0, 1e-3f);
-            for (int rows = 1; rows <= kMaxValueRows; rows++) {
-                std::vector<float> c(kMaxValueRows * 40, 7), expected = c;
-                values(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
-                portable(panels.data(), num_panels, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
-                check.same(c, expected, std::to_string(num_panels) + " panels, " + std::to_string(rows) + " rows");
+            for (size_t num_tokens = 32 * num_panels; num_tokens > 32 * (num_panels - 1); num_tokens--) {
+                for (size_t i = 0; i < kMaxValueRows; i++) high[i * stride + num_tokens] = low[i * stride + num_tokens] = 0;
+                for (int rows = 1; rows <= kMaxValueRows; rows++) {
+                    std::vector<float> c(kMaxValueRows * 40, 7), expected = c;
+                    values(panels.data(), num_tokens, {high.data(), low.data(), stride}, rows, scale.data(), c.data(), 40);
+                    portable(panels.data(), num_tokens, {high.data(), low.data(), stride}, rows, scale.data(), expected.data(), 40);
+                    check.same(c, expected, std::to_string(num_tokens) + " tokens, " + std::to_string(rows) + " rows");
+                }
             }
         }
     }
