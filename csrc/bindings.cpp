@@ -6,6 +6,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -398,14 +399,16 @@ nb::list sample(Array<float, 2> logits, const std::vector<Sampler*>& samplers, c
     return result;
 }
 
-std::vector<std::pair<double, bool>> score_tokens(ConstArray<float, 2> logits, ConstArray<int32_t, 1> token_ids) {
+using Best = std::vector<std::pair<int32_t, double>>;
+
+std::vector<std::tuple<double, bool, Best>> score_tokens(ConstArray<float, 2> logits, ConstArray<int32_t, 1> token_ids, size_t num_best) {
     require(token_ids.shape(0) <= logits.shape(0), "there are fewer rows of logits than tokens");
     const std::vector<int32_t> ids = checked_ids(token_ids, logits.shape(1));
-    std::vector<std::pair<double, bool>> result;
+    std::vector<std::tuple<double, bool, Best>> result;
     nb::gil_scoped_release release;
     for (size_t i = 0; i < ids.size(); i++) {
-        const PromptScore score = score_token(logits.data() + i * logits.shape(1), logits.shape(1), ids[i]);
-        result.emplace_back(score.logprob, score.is_greedy);
+        PromptScore score = score_token(logits.data() + i * logits.shape(1), logits.shape(1), ids[i], num_best);
+        result.emplace_back(score.logprob, score.is_greedy, std::move(score.best));
     }
     return result;
 }
@@ -476,7 +479,7 @@ NB_MODULE(_native, m) {
              "masked_early"_a.noconvert(), "bias_ids"_a.noconvert(), "biases"_a.noconvert(), "prompt_ids"_a.noconvert(), "seed"_a, "choice"_a)
         .def("observe", &observe, "token_id"_a);
     m.def("sample", &sample, "logits"_a.noconvert(), "samplers"_a, "rows"_a, "positions"_a, "drafts"_a);
-    m.def("score_tokens", &score_tokens, "logits"_a.noconvert(), "token_ids"_a.noconvert());
+    m.def("score_tokens", &score_tokens, "logits"_a.noconvert(), "token_ids"_a.noconvert(), "num_best"_a);
     m.def("uniform", &uniform, "seed"_a, "choice"_a, "position"_a);
     nb::class_<PackedMatrix>(m, "PackedMatrix")
         .def_ro("rows", &PackedMatrix::rows)

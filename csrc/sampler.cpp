@@ -292,16 +292,23 @@ void Sampler::edit(float* scores, uint64_t position) const {
     for (int32_t id : counted_) scores[id] -= options_.presence_penalty + options_.frequency_penalty * counts_[id];
 }
 
+// The most likely tokens and their log-probabilities, likeliest first.
+static std::vector<std::pair<int32_t, double>> find_best(const float* logits, size_t vocab_size, const std::vector<float>& maxima,
+                                                         double log_total, size_t count) {
+    std::vector<std::pair<int32_t, double>> best;
+    if (count == 0) return best;
+    for (const Candidate& c : rank(logits, vocab_size, maxima, std::min(count, vocab_size), kUnscaled))
+        best.emplace_back(c.token_id, double(c.score) - log_total);
+    return best;
+}
+
 Drawn Sampler::sample(float* logits, uint64_t position) {
     std::vector<float> maxima = find_maxima(logits, vocab_size_);
     Drawn drawn{};
     double log_total = 0;
     if (options_.num_logprobs) {
         log_total = log_sum_exp(logits, vocab_size_, maxima);
-        const size_t num_best = std::min(*options_.num_logprobs, vocab_size_);
-        if (num_best > 0)
-            for (const Candidate& c : rank(logits, vocab_size_, maxima, num_best, kUnscaled))
-                drawn.best.emplace_back(c.token_id, double(c.score) - log_total);
+        drawn.best = find_best(logits, vocab_size_, maxima, log_total, *options_.num_logprobs);
     }
     const std::vector<int32_t> edited = edited_ids(position);
     std::vector<float> originals;
@@ -328,10 +335,11 @@ void SampleJob::run() {
     }
 }
 
-PromptScore score_token(const float* logits, size_t vocab_size, int32_t token_id) {
+PromptScore score_token(const float* logits, size_t vocab_size, int32_t token_id, size_t num_best) {
     const std::vector<float> maxima = find_maxima(logits, vocab_size);
-    const double logprob = double(logits[token_id]) - log_sum_exp(logits, vocab_size, maxima);
-    return {logprob, find_largest(logits, vocab_size, maxima) == size_t(token_id)};
+    const double log_total = log_sum_exp(logits, vocab_size, maxima);
+    return {double(logits[token_id]) - log_total, find_largest(logits, vocab_size, maxima) == size_t(token_id),
+            find_best(logits, vocab_size, maxima, log_total, num_best)};
 }
 
 }  // namespace miniphi

@@ -41,6 +41,7 @@ struct Drawn {
 struct PromptScore {
     double logprob;
     bool is_greedy;
+    std::vector<std::pair<int32_t, double>> best;   // as above
 };
 
 // Draws the tokens of one sequence and remembers those that the penalties count.
@@ -79,7 +80,7 @@ struct SampleJob {
     void run();
 };
 
-PromptScore score_token(const float* logits, size_t vocab_size, int32_t token_id);
+PromptScore score_token(const float* logits, size_t vocab_size, int32_t token_id, size_t num_best);
 
 // From 0 to below 1 on a grid of 2^-53, of the arguments alone: BLAKE2b (RFC 7693) of the three as little-endian words.
 double uniform(uint64_t seed, uint64_t choice, uint64_t position);

@@ -128,6 +128,8 @@ class PromptLogprob:
     logprob: float
     is_greedy: bool
     """the model's most likely token was this one"""
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    """the most likely alternatives, best first, as many as `logprobs` asks for"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

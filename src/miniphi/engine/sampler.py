@@ -123,16 +123,23 @@ def sample(logits: NDArray[np.float32], jobs: Sequence[SampleJob]) -> list[list[
     ]
 
 
-def prompt_logprobs(logits: NDArray[np.float32], token_ids: Sequence[int]) -> list[PromptLogprob]:
+def prompt_logprobs(
+    logits: NDArray[np.float32], token_ids: Sequence[int], num_alternatives: int = 0
+) -> list[PromptLogprob]:
     """Score consecutive prompt tokens, each with a row of logits [rows, V] of the token before it.
 
     Raises:
         MiniphiError: a logit is not finite.
     """
-    scores = score_rows(logits, np.array(token_ids, np.int32))
+    scores = score_rows(logits, np.array(token_ids, np.int32), num_alternatives)
     return [
-        PromptLogprob(token_id=token_id, logprob=logprob, is_greedy=is_greedy)
-        for token_id, (logprob, is_greedy) in zip(token_ids, scores, strict=True)
+        PromptLogprob(
+            token_id=token_id,
+            logprob=logprob,
+            is_greedy=is_greedy,
+            top_logprobs=tuple(TokenLogprob(token_id=i, logprob=p) for i, p in best),
+        )
+        for token_id, (logprob, is_greedy, best) in zip(token_ids, scores, strict=True)
     ]
 
 

@@ -233,13 +233,17 @@ def sample_rows(
         raise MiniphiError(str(error)) from None
 
 
-def score_rows(logits: NDArray[np.float32], token_ids: NDArray[np.int32]) -> list[tuple[float, bool]]:
+def score_rows(
+    logits: NDArray[np.float32], token_ids: NDArray[np.int32], num_best: int = 0
+) -> list[tuple[float, bool, list[tuple[int, float]]]]:
     """Return of each token its log-probability under its row of logits [rows, V], and whether it is the likeliest.
+
+    With them come the `num_best` likeliest tokens of the row, best first.
 
     Raises MiniphiError for a logit that is not finite.
     """
     try:
-        return _native.score_tokens(logits, token_ids)
+        return _native.score_tokens(logits, token_ids, num_best)
     except RuntimeError as error:
         raise MiniphiError(str(error)) from None
 
