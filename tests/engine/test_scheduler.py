@@ -1,5 +1,6 @@
 import pytest
 
+from miniphi.engine import Request
 from miniphi.engine.request import RopePolicy
 from miniphi.errors import CapacityError, InvalidRequestError
 
@@ -31,9 +32,71 @@ def test_decodes_come_first_and_prompts_fill_the_rest() -> None:
     assert spans(scheduler.schedule()) == [
         ("a", 3, 4, True),
         ("b", 2, 3, True),
-        ("c", 0, 10, False),
-        ("d", 0, 4, False),
+        ("c", 0, 7, False),
+        ("d", 0, 7, False),
     ]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    scheduler = make_scheduler(num_blocks=300)
+    add(scheduler, 1000, name="long", max_tokens=1)
+    commit(scheduler, scheduler.schedule())
+    add(scheduler, 12, name="short")
+    add(scheduler, 3, name="shorter")
+    step = scheduler.schedule()
+    assert spans(step) == [("long", 16, 24, False), ("short", 0, 8, False)]
+    commit(scheduler, step)
+    step = scheduler.schedule()
+    assert spans(step) == [("long", 24, 36, False), ("short", 8, 12, True)]
+    commit(scheduler, step)
+    # What the others do not need, the oldest has.
+    assert spans(scheduler.schedule()) == [("short", 12, 13, True), ("long", 36, 48, False), ("shorter", 0, 3, True)]
+
+
+def test_a_prompt_that_can_be_finished_is_finished() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 20, name="a")
+    add(scheduler, 20, name="b")
+    seen = []
+    for _ in range(3):
+        step = scheduler.schedule()
+        seen.append(spans(step))
+        commit(scheduler, step)
+    assert seen == [
+        [("a", 0, 8, False), ("b", 0, 8, False)],
+        [("a", 8, 20, True), ("b", 8, 12, False)],
+        [("a", 20, 21, True), ("b", 12, 20, True)],
+    ]
+
+
+def test_a_prompt_waits_for_one_that_begins_alike() -> None:
+    scheduler = make_scheduler()
+    beginning = tuple(range(100, 124))
+    for name in ("a", "b", "c"):
+        request = Request(id=name, token_ids=(*beginning, *(900 + ord(name) + i for i in range(6))))
+        scheduler.add(request, max_tokens=5, stop_token_ids=frozenset({0}))
+    add(scheduler, 3, name="other")
+    seen = []
+    for _ in range(3):
+        step = scheduler.schedule()
+        seen.append(spans(step))
+        commit(scheduler, step)
+    assert seen[0] == [("a", 0, 13, False), ("other", 0, 3, True)]
+    assert seen[1] == [("other", 3, 4, True), ("a", 13, 28, False)]
+    # The 24 tokens that they share are there now, and computed once.
+    assert seen[2][:3] == [("other", 4, 5, True), ("a", 28, 30, True), ("b", 24, 30, True)]
+    assert ("c", 24, 30, True) in seen[2]
+
+
+def test_prompts_take_less_of_a_step_where_others_wait_for_a_token() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 100, name="long", max_tokens=1)
+    assert spans(scheduler.schedule(4)) == [("long", 0, 16, False)]
+    scheduler = make_scheduler()
+    add(scheduler, 2, name="a")
+    commit(scheduler, scheduler.schedule())
+    add(scheduler, 100, name="long", max_tokens=1)
+    assert spans(scheduler.schedule(4)) == [("a", 2, 3, True), ("long", 0, 4, False)]
 
 
 def test_first_come_first_served() -> None:
@@ -140,10 +203,11 @@ def test_abort_gives_blocks_back_at_once() -> None:
     add(scheduler, 20, name="a")
     add(scheduler, 20, name="b")
     scheduler.schedule()
-    assert scheduler.cache.num_used == 10 - 5  # b is not admitted: no token was left
+    assert scheduler.cache.num_used == 10
     assert len(scheduler.abort("a")) == 1
-    assert scheduler.cache.num_used == 0
+    assert scheduler.cache.num_used == 5
     assert len(scheduler.abort("b")) == 1
+    assert scheduler.cache.num_used == 0
     assert scheduler.abort("b") == ()
     assert scheduler.abort("unknown") == ()
     assert scheduler.schedule().chunks == []
@@ -154,10 +218,10 @@ def test_siblings_wait_for_the_prompt_and_share_its_full_blocks() -> None:
     sequences = add(scheduler, 22, name="a", n=3)
     add(scheduler, 3, name="b")
     first = scheduler.schedule()
-    assert spans(first) == [("a", 0, 16, False)]
+    assert spans(first) == [("a", 0, 13, False), ("b", 0, 3, True)]
     commit(scheduler, first)
     second = scheduler.schedule()
-    assert spans(second) == [("a", 16, 22, True), ("b", 0, 3, True)]
+    assert spans(second) == [("b", 3, 4, True), ("a", 13, 22, True)]
     commit(scheduler, second)
     third = scheduler.schedule()
     assert [(c.sequence.index, c.start, c.end) for c in third.chunks if c.sequence.request.id == "a"] == [

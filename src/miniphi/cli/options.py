@@ -177,7 +177,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_llm(args: argparse.Namespace) -> "LLM":
+def load_llm(args: argparse.Namespace, *, max_step_s: float | None = None) -> "LLM":
     """Load the model that a command line names; the default model is fetched first if it is not here yet."""
     from miniphi import llm
 
@@ -192,6 +192,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         rope_policy=args.rope_policy,
         draft=getattr(args, "draft", None),  # commands that only score have no use for one
         packed_copy=args.packed_copy,
+        max_step_s=max_step_s,
         on_notice=notice,
     )
 

@@ -44,6 +44,9 @@ class EngineOptions:
     """sequences in flight; further ones wait"""
     prefill_chunk: int | None = None
     """most prompt tokens of one sequence in one step; None leaves it to the program's `max_batch_tokens`"""
+    max_step_s: float | None = None
+    """while sequences wait for their next token, prompts get so much of a step that it takes about this long; None
+    gives them all that fits, which is a little less work in all"""
     allow_prefix_reuse: bool = True
     draft_row_cost: float | None = None
     """what one more row of a step costs, as a share of a step of one, for requests that speculate; None measures it"""
@@ -68,6 +71,31 @@ class EngineStats:
     """tokens that were guessed ahead and computed"""
     num_accepted_tokens: int
     """guessed tokens that came true"""
+
+
+class PromptPace:
+    """How many prompt tokens a step may have, so that it takes about as long as it should."""
+
+    FIRST_TOKENS = 16
+    """before anything was measured; also the least, or prompts would starve behind a slow step"""
+
+    def __init__(self, max_step_s: float | None) -> None:
+        self._max_step_s = max_step_s
+        self._token_s: float | None = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The bound of the next step; None if there is none."""
+        if self._max_step_s is None:
+            return None
+        wanted = self.FIRST_TOKENS if self._token_s is None else int(self._max_step_s / self._token_s)
+        return max(self.FIRST_TOKENS, wanted // 8 * 8)
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a step that had prompt tokens; the newest counts a half, as attention grows with the prompt."""
+        if num_tokens >= self.FIRST_TOKENS:  # a few tokens cost what reading the weights does
+            newest = seconds / num_tokens
+            self._token_s = newest if self._token_s is None else (self._token_s + newest) / 2
 
 
 class Engine:
@@ -116,6 +144,7 @@ class Engine:
         self._samplers: dict[Sequence, NativeSampler] = {}
         self._lookups: dict[Sequence, PromptLookup] = {}
         self._step_costs = StepCosts(options.draft_row_cost)
+        self._prompt_pace = PromptPace(options.max_step_s)
         self._prompt_logprobs: dict[Sequence, list[PromptLogprob]] = {}
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -128,6 +157,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a sequence is running or waiting."""
         return bool(self._samplers)
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The model's own stop ids, which end an answer unless `ignore_eos`."""
+        return self._stop_ids
 
     @property
     def stats(self) -> EngineStats:
@@ -146,6 +180,16 @@ class Engine:
             num_accepted_tokens=self._num_accepted_tokens,
         )
 
+    def check(self, request: Request) -> int:
+        """Return how many tokens the request may generate. Depends on nothing that changes; safe from any thread.
+
+        Raises: what `submit` does, but for an id that is in flight.
+        """
+        request.check_vocabulary(self._vocab_size)
+        max_tokens = request.resolve_max_tokens(self.max_context, self._original_context)
+        self._scheduler.check_capacity(len(request.token_ids), max_tokens)
+        return max_tokens
+
     def submit(self, request: Request) -> str:
         """Queue a request and return its id.
 
@@ -155,8 +199,7 @@ class Engine:
             InvalidRequestError: a token id is outside the vocabulary, or the request's id is in flight.
         """
         params = request.params
-        request.check_vocabulary(self._vocab_size)
-        max_tokens = request.resolve_max_tokens(self.max_context, self._original_context)
+        max_tokens = self.check(request)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._stop_ids)
         sequences = self._scheduler.add(request, max_tokens=max_tokens, stop_token_ids=stop_ids)
         seed = fresh_seed() if params.seed is None else params.seed
@@ -184,7 +227,7 @@ class Engine:
             MiniphiError: the model returned logits that are not finite.
         """
         self.failed_request_ids = ()
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(self._prompt_pace.max_tokens)
         if not step.chunks:
             return []
         is_decode = all(chunk.is_decode for chunk in step.chunks)
@@ -194,8 +237,11 @@ class Engine:
             start_s = time.perf_counter()
             logits = self._program.run(build_batch(step))
             samples = self._sample(step, logits)
+            seconds = time.perf_counter() - start_s
             if is_decode:
-                self._step_costs.record(len(logits), time.perf_counter() - start_s)
+                self._step_costs.record(len(logits), seconds)
+            else:
+                self._prompt_pace.record(sum(chunk.end - chunk.start for chunk in step.chunks), seconds)
         except BaseException:  # an interrupt, too, must leave no half-computed sequence behind
             self._fail(step)
             raise
@@ -240,7 +286,8 @@ class Engine:
             sequence, scored = chunk.sequence, chunk.prompt_rows
             if scored:
                 targets = sequence.token_ids[scored.start + 1 : scored.stop + 1]
-                self._prompt_logprobs[sequence] += prompt_logprobs(logits[row : row + len(scored)], targets)
+                wanted = sequence.request.params.logprobs or 0
+                self._prompt_logprobs[sequence] += prompt_logprobs(logits[row : row + len(scored)], targets, wanted)
                 row += len(scored)
             if chunk.is_sampled:
                 sampler, position = self._samplers[sequence], sequence.num_generated

@@ -6,10 +6,12 @@ sequences into chunks of tokens, and sampled tokens into finished sequences. Who
 * First every running sequence that waits for one token gets it, oldest first. When blocks run out the newest running
   sequence is pre-empted: it keeps its tokens, loses its blocks, and is computed again later. The oldest is never
   pre-empted, and admission made sure that it fits alone, so there is always progress.
-* What is left of the step's tokens goes to prompts, first come first served, in chunks.
+* What is left of the step's tokens goes to prompts, in chunks. The oldest prompt gets all of it if that finishes it,
+  and else at least a half: a short prompt does not wait for a long one, and a long one waits for nobody.
 * A sequence reserves the blocks of all its known tokens when it is admitted.
 * Guessed tokens may use what blocks are free, but nothing is pre-empted for them. What was computed for guesses that
   did not come true stays in the cache behind the sequence's end, where it is overwritten before anything reads it.
+* A prompt that begins like one that is being computed waits for it, and then finds its blocks.
 * Sequences 1 to n - 1 of a request wait until sequence 0 has computed the prompt, and then find its full blocks.
 """
 
@@ -17,7 +19,8 @@ from array import array
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from itertools import takewhile
+from operator import attrgetter, eq
 
 from miniphi.engine.kv_cache import KVCache
 from miniphi.engine.request import FinishReason, Request, Sequence
@@ -77,8 +80,8 @@ class ScheduledStep:
     num_free_rows: int
     chunks: list[ScheduledChunk] = field(default_factory=list)
 
-    def take(self, sequence: Sequence, max_tokens: int) -> None:
-        """Add as much of the sequence as fits."""
+    def take(self, sequence: Sequence, max_tokens: int) -> int:
+        """Add as much of the sequence as fits, and return how many tokens that is."""
         start, known = sequence.num_computed, len(sequence.token_ids)
         first_row = max(start, sequence.next_prompt_logprob - 1)
         last_row = sequence.prompt_len - 1
@@ -88,7 +91,7 @@ class ScheduledStep:
             if first_row < last_row:
                 end = min(end, first_row + self.num_free_rows)
         if end <= start:
-            return
+            return 0
         prompt_rows = range(first_row, max(first_row, min(end, last_row)))
         is_sampled = end == known
         self.num_free_tokens -= end - start
@@ -96,6 +99,7 @@ class ScheduledStep:
         self.chunks.append(
             ScheduledChunk(sequence=sequence, start=start, end=end, prompt_rows=prompt_rows, is_sampled=is_sampled)
         )
+        return end - start
 
 
 class Scheduler:
@@ -131,7 +135,7 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise InvalidRequestError(f"a request with id {request.id!r} is already in flight")
-        self._check_capacity(len(request.token_ids), max_tokens)
+        self.check_capacity(len(request.token_ids), max_tokens)
         prompt_len = len(request.token_ids)
         first_logprob = request.prompt_logprobs_start or prompt_len
         leader: Sequence | None = None
@@ -167,17 +171,36 @@ class Scheduler:
             self._end(sequence)
         return ended
 
-    def schedule(self) -> ScheduledStep:
-        """Choose the next step's tokens; it holds no chunk only if nothing is in flight."""
+    def schedule(self, max_prompt_tokens: int | None = None) -> ScheduledStep:
+        """Choose the next step's tokens; it holds no chunk only if nothing is in flight.
+
+        Where sequences wait for their next token, prompts get `max_prompt_tokens` of the step at most.
+        """
         step = ScheduledStep(num_free_tokens=self.limits.max_batch_tokens, num_free_rows=self.limits.max_logit_rows)
         self._take_decodes(step)
-        chunk = self.limits.prefill_chunk or self.limits.max_batch_tokens
-        for sequence in self._running:
-            if sequence.num_remaining > 1:
-                step.take(sequence, chunk)
-        while step.num_free_tokens and (admitted := self._admit()):
-            step.take(admitted, chunk)
+        budget = step.num_free_tokens
+        if step.chunks and max_prompt_tokens is not None:
+            budget = min(budget, max_prompt_tokens)
+        self._take_prompts(step, budget)
         return step
+
+    def _take_prompts(self, step: ScheduledStep, budget: int) -> None:
+        prompts = [sequence for sequence in self._running if sequence.num_remaining > 1]
+        if not prompts and budget and (admitted := self._admit()):
+            prompts = [admitted]
+        if not prompts:
+            return
+        oldest, *others = prompts
+        if not others and oldest.num_remaining > budget > 1 and (admitted := self._admit()):
+            others = [admitted]
+        others.sort(key=attrgetter("num_remaining"))
+        wanted = sum(sequence.num_remaining for sequence in others)
+        share = budget if oldest.num_remaining <= budget else budget - min(budget // 2, wanted)
+        chunk = self.limits.prefill_chunk or self.limits.max_batch_tokens
+        for sequence in (oldest, *others):
+            budget -= step.take(sequence, min(chunk, share if sequence is oldest else budget))
+        while budget > 0 and (admitted := self._admit()):
+            budget -= step.take(admitted, min(chunk, budget))
 
     def draft_room(self, chunk: ScheduledChunk) -> int:
         """Return how many guessed tokens a chunk may be given at most, as far as its sequence is concerned."""
@@ -254,7 +277,9 @@ class Scheduler:
         """Move the first waiting sequence that may start to the running ones, if it fits."""
         if len(self._running) >= self._max_running:
             return None
-        position = next((i for i, sequence in enumerate(self._waiting) if sequence.may_start), None)
+        position = next(
+            (i for i, each in enumerate(self._waiting) if each.may_start and not self._waits_for_prefix(each)), None
+        )
         if position is None:
             return None
         sequence = self._waiting[position]
@@ -274,11 +299,24 @@ class Scheduler:
         return sequence
 
     def _match(self, sequence: Sequence) -> list[int]:
+        return self.cache.match_prefix(self._reusable_keys(sequence)) if self.cache.allow_reuse else []
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Say whether blocks that the sequence could use are being computed for another prompt."""
         if not self.cache.allow_reuse:
-            return []
+            return False
+        keys = self._reusable_keys(sequence)
+        for other in self._running:
+            if other.num_remaining > 1 and keys and other.block_keys[:1] == keys[:1]:
+                num_shared = sum(1 for _ in takewhile(bool, map(eq, keys, other.block_keys)))
+                if num_shared * self.cache.block_size > other.num_computed:
+                    return True
+        return False
+
+    def _reusable_keys(self, sequence: Sequence) -> list[bytes]:
         count = sequence.num_reusable // self.cache.block_size
         self._extend_keys(sequence, count)
-        return self.cache.match_prefix(sequence.block_keys[:count])
+        return sequence.block_keys[:count]
 
     def _share_blocks(self, sequence: Sequence, start: int) -> None:
         """Let others find the blocks that were filled from position `start` on."""
@@ -338,7 +376,8 @@ class Scheduler:
             and len(sequence.token_ids) > border
         )
 
-    def _check_capacity(self, prompt_len: int, max_tokens: int) -> None:
+    def check_capacity(self, prompt_len: int, max_tokens: int) -> None:
+        """Raise CapacityError if such a sequence could outgrow the cache, were it alone."""
         # The last token that is sampled is never computed, so it needs no room.
         needed = self.cache.num_blocks_for(prompt_len + max_tokens - 1)
         if needed > self.cache.num_blocks:

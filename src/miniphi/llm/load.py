@@ -40,6 +40,7 @@ def load(
     kv_memory_bytes: int | None = None,
     rope_policy: RopePolicy = "auto",
     max_batch_tokens: int = 512,
+    max_step_s: float | None = None,
     draft: str | os.PathLike[str] | None = None,
     packed_copy: bool = True,
     on_progress: Callable[[int], None] | None = None,
@@ -53,6 +54,7 @@ def load(
     `kv_type` is the format of the key/value cache (f32, f16, q8 or q4). `context` is how many tokens a prompt and its
     answer may have together; without it, the model's whole context or as much of it as fits into memory.
     `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
+    `max_step_s` bounds how long a long prompt holds up the tokens of requests beside it: see EngineOptions.
     `draft` names a smaller model with the same vocabulary, which guesses tokens ahead: answers come sooner and stay the
     same. `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made
     ready.
@@ -84,7 +86,8 @@ def load(
         on_progress=on_progress,
     )
     draft_program = None if draft_model is None else _load_draft(draft_model, program, num_threads, kv_type)
-    engine = _make_engine(program, draft_program, saved, template, context)
+    options = EngineOptions(max_context=min(context or program.max_context, program.max_context), max_step_s=max_step_s)
+    engine = _make_engine(program, draft_program, saved, template, options)
     on_first_rest = None
     if copy is not None and not isinstance(model, PackedModel):
         write = partial(copy.write, model.config, program.weights, saved)
@@ -93,7 +96,7 @@ def load(
 
 
 def _make_engine(
-    program: Program, draft: Program | None, saved: SavedModel, template: ChatTemplate | None, context: int | None
+    program: Program, draft: Program | None, saved: SavedModel, template: ChatTemplate | None, options: EngineOptions
 ) -> Engine:
     stop_ids = {*program.config.eos_token_ids, *saved.eos_token_ids}
     return Engine(
@@ -101,7 +104,7 @@ def _make_engine(
         draft=draft,
         stop_token_ids=stop_ids if template is None else stop_ids | template.stop_ids,
         unused_token_ids=_unused_ids(saved.tokenizer, program.config.vocab_size),
-        options=EngineOptions(max_context=min(context or program.max_context, program.max_context)),
+        options=options,
     )
 
 
