@@ -41,8 +41,8 @@ if TYPE_CHECKING:
         Timings,
         TokenLogprob,
         Usage,
-        load,
     )
+    from miniphi.llm.load import load
     from miniphi.tokenizer import Tokenizer
 
 _ROOMS = {

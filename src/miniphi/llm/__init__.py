@@ -4,12 +4,14 @@ load                        a model's name -> LLM                               
 LLM                         chat, complete, loglikelihood, perplexity                   model.py
 CompletionStream            a running request; Generation is what the engine feeds      generation.py
 EngineDriver                shares one engine between requests and threads              driver.py
+EngineThread, LiveStream    the same for an event loop                                  live.py
 StopMatcher                 stop strings across the borders of tokens                   stop.py
 Completion, Chunk, ...      the typed results                                           results.py
 """
 
 from miniphi.llm.driver import EngineDriver, OutputSink
 from miniphi.llm.generation import CompletionStream, Generation
+from miniphi.llm.live import EngineThread, LiveStream
 from miniphi.llm.load import DEFAULT_MODEL, load
 from miniphi.llm.messages import MessageLike, read_messages
 from miniphi.llm.model import LLM, SamplingOptions
@@ -36,8 +38,10 @@ __all__ = [
     "Completion",
     "CompletionStream",
     "EngineDriver",
+    "EngineThread",
     "FinishReason",
     "Generation",
+    "LiveStream",
     "LogLikelihood",
     "MessageLike",
     "OutputSink",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from miniphi.engine import Engine, Request, SequenceOutput
+from miniphi.errors import MiniphiError
 
 __all__ = ["EngineDriver", "OutputSink"]
 
@@ -41,13 +42,26 @@ class EngineDriver:
         self._lock = threading.Lock()
         self._sinks: dict[str, OutputSink] = {}
         self._aborts: deque[str] = deque()
+        self._posts: deque[tuple[Request, OutputSink]] = deque()
 
     def submit(self, request: Request, sink: OutputSink) -> None:
         """Queue a request, whose tokens go to `sink`; what the engine refuses is raised here."""
         with self._lock, _interrupts_deferred():
-            self._apply_aborts()
+            self._take_orders()
             self.engine.submit(request)
             self._sinks[request.id] = sink
+
+    def post(self, request: Request, sink: OutputSink) -> None:
+        """Queue a request without waiting for a step that is running; what the engine refuses goes to `sink.fail`."""
+        self._posts.append((request, sink))
+
+    def run_pending(self) -> bool:
+        """Run one step for whatever was submitted or posted, if anything was; say whether there is more to do."""
+        with self._lock, _interrupts_deferred():
+            self._take_orders()
+            if self.engine.has_work:
+                self._step()
+            return self.engine.has_work
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
         """Run steps until `is_done`, which the delivered tokens make true."""
@@ -66,13 +80,13 @@ class EngineDriver:
         if self._lock.acquire(blocking=False):
             try:
                 with _interrupts_deferred():
-                    self._apply_aborts()
+                    self._take_orders()
             finally:
                 self._lock.release()
 
     def _step(self) -> None:
         with _interrupts_deferred():
-            self._apply_aborts()
+            self._take_orders()
             assert self.engine.has_work, "somebody waits for an engine that has nothing to do"
             try:
                 outputs = self.engine.step()
@@ -102,7 +116,16 @@ class EngineDriver:
         for request_id in self.engine.failed_request_ids:
             self._sinks[request_id].fail(error)
 
-    def _apply_aborts(self) -> None:
+    def _take_orders(self) -> None:
+        """Submit what was posted, then end what was forgotten: a request may be both by now."""
+        while self._posts:
+            request, sink = self._posts.popleft()
+            try:
+                self.engine.submit(request)
+            except MiniphiError as error:
+                sink.fail(error)
+            else:
+                self._sinks[request.id] = sink
         while self._aborts:
             request_id = self._aborts.popleft()
             if self._sinks.pop(request_id, None) is not None:

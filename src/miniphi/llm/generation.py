@@ -5,12 +5,13 @@ Owns decoding, stop strings, token counts and timings of a request. Knows neithe
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypedDict
 
-from miniphi.engine import Request, SequenceOutput
+from miniphi.engine import PromptLogprob, Request, SequenceOutput
+from miniphi.engine import TokenLogprob as SampledLogprob
 from miniphi.llm.driver import EngineDriver
 from miniphi.llm.results import (
     Alternative,
@@ -97,6 +98,8 @@ class Generation:
         ]
         self._num_open = params.n
         self._num_cached = 0
+        self.prompt_logprobs: tuple[PromptLogprob, ...] = ()
+        """of the prompt from `prompt_logprobs_start` on, with the first token, if the request asked for them"""
         self._started_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s: float | None = None
@@ -116,6 +119,8 @@ class Generation:
             # Sequence 0 computes the prompt, so the first token is its own.
             self._first_s, self._num_cached = now_s, output.num_cached_tokens
         self._last_s = now_s
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         choice = self._choices[output.index]
         chunk = choice.push(output, self._describe(output))
         if choice.is_finished:
@@ -161,16 +166,25 @@ class Generation:
             accepted_tokens=sum(choice.num_accepted for choice in self._choices),
         )
 
+    def prompt_tokens(self) -> Iterator[TokenLogprob]:
+        """Yield the prompt's tokens; those that were not scored have a log-probability of 0 and no alternatives."""
+        scored = self.prompt_logprobs
+        for token_id in self.request.token_ids[: len(self.request.token_ids) - len(scored)]:
+            yield TokenLogprob(token_id=token_id, logprob=0.0, **self._spell(token_id))
+        for token in scored:
+            yield self._spelled(token.token_id, token.logprob, token.top_logprobs)
+
     def _describe(self, output: SequenceOutput) -> TokenLogprob | None:
         if output.logprob is None:
             return None
-        others = tuple(
+        return self._spelled(output.token_id, output.logprob, output.top_logprobs or ())
+
+    def _spelled(self, token_id: int, logprob: float, others: Iterable[SampledLogprob]) -> TokenLogprob:
+        alternatives = tuple(
             Alternative(token_id=other.token_id, logprob=other.logprob, **self._spell(other.token_id))
-            for other in output.top_logprobs or ()
+            for other in others
         )
-        return TokenLogprob(
-            token_id=output.token_id, logprob=output.logprob, alternatives=others, **self._spell(output.token_id)
-        )
+        return TokenLogprob(token_id=token_id, logprob=logprob, alternatives=alternatives, **self._spell(token_id))
 
     def _spell(self, token_id: int) -> _Spelling:
         # Ids that stand for no text are never sampled, but may be among the alternatives.

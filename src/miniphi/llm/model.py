@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from miniphi.chat import ChatTemplate
+from miniphi.chat import ChatTemplate, RenderedChat
 from miniphi.engine import Engine, Request, RopePolicy, SamplingParams, Speculation
 from miniphi.errors import InvalidRequestError, UnsupportedModelError
 from miniphi.llm.driver import EngineDriver
@@ -74,6 +74,11 @@ class LLM:
         self._rope_policy = rope_policy
 
     @property
+    def driver(self) -> EngineDriver:
+        """What shares the engine between requests: for those who post requests of their own."""
+        return self._driver
+
+    @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self._engine.max_context
@@ -118,8 +123,7 @@ class LLM:
             CapacityError: this machine's cache can never hold them.
             ChatTemplateError: the model's template refuses the conversation.
         """
-        request = self._request(self._render(messages), sampling, options)
-        started = self._start(request)
+        started = self._start(self.chat_request(messages, _merge_options(sampling, dict(options))))
         return started if stream else self._finish([started])[0]
 
     @overload
@@ -155,7 +159,7 @@ class LLM:
         Text is encoded with the model's bos token in front where the model was trained with one, and can never become
         a special token. Token ids are used as they are. Options, streaming and errors are those of `chat`.
         """
-        started = self._start(self._request(self._encode(prompt), sampling, options))
+        started = self._start(self.completion_request(prompt, _merge_options(sampling, dict(options))))
         return started if stream else self._finish([started])[0]
 
     def chat_many(
@@ -166,8 +170,8 @@ class LLM:
         **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Answer several conversations, computed together; the results are in the order of the conversations."""
-        requests = [self._request(self._render(messages), sampling, options) for messages in conversations]
-        return self._run_together(requests)
+        params = _merge_options(sampling, dict(options))
+        return self._run_together([self.chat_request(messages, params) for messages in conversations])
 
     def complete_many(
         self,
@@ -177,7 +181,8 @@ class LLM:
         **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Continue several texts, computed together; the results are in the order of the prompts."""
-        return self._run_together([self._request(self._encode(prompt), sampling, options) for prompt in prompts])
+        params = _merge_options(sampling, dict(options))
+        return self._run_together([self.completion_request(prompt, params) for prompt in prompts])
 
     def loglikelihood(self, context: str, continuation: str) -> LogLikelihood:
         """Return the log-probability of `continuation` after `context`.
@@ -214,7 +219,7 @@ class LLM:
         window = min(DEFAULT_WINDOW, largest) if window is None else window
         if window > largest:
             raise InvalidRequestError(f"window is {window}; a context of {self.context} tokens allows up to {largest}")
-        token_ids = self._with_bos(self.tokenizer.encode(text))
+        token_ids = self.encode(text)
         windows = plan_windows(len(token_ids), window, window if stride is None else stride)
         items = [each.scored(token_ids) for each in windows]
         nll, count = 0.0, 0
@@ -225,31 +230,45 @@ class LLM:
                 on_progress(running_perplexity(nll, count), index / len(items))
         return running_perplexity(nll, count)
 
-    def _render(self, messages: Iterable[MessageLike]) -> Sequence[int]:
+    def chat_request(self, messages: Iterable[MessageLike], params: SamplingParams) -> Request:
+        """Return what `chat` asks the engine for. Safe from any thread; raises what `chat` does before it starts."""
+        token_ids = self.render(messages).token_ids
+        return Request(token_ids=token_ids, params=params, rope_policy=self._rope_policy)
+
+    def completion_request(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, score_prompt: bool = False
+    ) -> Request:
+        """Return what `complete` asks the engine for; with `score_prompt` the prompt's tokens are scored as well."""
+        token_ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not token_ids:
+            raise InvalidRequestError("prompt is empty; give at least one character or token")
+        scored_from = 1 if score_prompt and len(token_ids) > 1 else None
+        return Request(
+            token_ids=token_ids, params=params, rope_policy=self._rope_policy, prompt_logprobs_start=scored_from
+        )
+
+    def render(self, messages: Iterable[MessageLike], *, add_generation_prompt: bool = True) -> RenderedChat:
+        """Return a conversation as the model reads it. Raises what `chat` does before it starts."""
         if self.template is None:
             raise UnsupportedModelError(f"{self.name} has no chat template; use complete (or `miniphi generate --raw`)")
         checked = read_messages(messages)
-        rendered = self.template.render(checked, add_generation_prompt=True)
+        rendered = self.template.render(checked, add_generation_prompt=add_generation_prompt)
         if rendered.dropped:
             index = rendered.dropped[0]
             raise InvalidRequestError(
                 f"messages[{index}] ({checked[index].role}) has no place in the chat template of {self.name}, which "
                 "would leave it out without a word; put its text into a message of the user"
             )
-        return rendered.token_ids
+        return rendered
 
-    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        if not prompt:
-            raise InvalidRequestError("prompt is empty; give at least one character or token")
-        return self._with_bos(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return the token ids of a text, with bos in front where the model was trained with one."""
+        token_ids = self.tokenizer.encode(text)
+        return self._with_bos(token_ids) if add_bos else token_ids
 
     def _with_bos(self, token_ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
         return [bos, *token_ids] if self.tokenizer.add_bos and bos is not None else token_ids
-
-    def _request(self, token_ids: Sequence[int], sampling: SamplingParams | None, options: SamplingOptions) -> Request:
-        params = _merge_options(sampling, dict(options))
-        return Request(token_ids=tuple(token_ids), params=params, rope_policy=self._rope_policy)
 
     def _start(self, request: Request) -> CompletionStream:
         return CompletionStream(self._driver, request, self.tokenizer, self.name)
