@@ -24,6 +24,7 @@ __all__ = ["COMMANDS", "build_parser", "main"]
 COMMANDS = {
     "chat": "talk to a model in the terminal",
     "generate": "answer one prompt, from an argument, a file or standard input",
+    "serve": "serve a model to OpenAI clients over HTTP",
     "models": "list the known models and those on this machine",
     "pull": "fetch a model and check it",
     "show": "show a model's card: what it is, what it is for, what it cannot do",
