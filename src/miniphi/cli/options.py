@@ -177,8 +177,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_llm(args: argparse.Namespace, *, max_step_s: float | None = None) -> "LLM":
-    """Load the model that a command line names; the default model is fetched first if it is not here yet."""
+def load_llm(args: argparse.Namespace, **more: Any) -> "LLM":
+    """Load the model that a command line names; the default model is fetched first if it is not here yet.
+
+    `more` are options of `miniphi.load` that only one command has.
+    """
     from miniphi import llm
 
     fetch_default_model(args.model, args.revision)
@@ -192,8 +195,8 @@ def load_llm(args: argparse.Namespace, *, max_step_s: float | None = None) -> "L
         rope_policy=args.rope_policy,
         draft=getattr(args, "draft", None),  # commands that only score have no use for one
         packed_copy=args.packed_copy,
-        max_step_s=max_step_s,
         on_notice=notice,
+        **more,
     )
 
 

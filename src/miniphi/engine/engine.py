@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from miniphi.engine.batch import Batch, BatchRunner
 from miniphi.engine.drafting import DraftModel
 from miniphi.engine.kv_cache import KVCache
+from miniphi.engine.pace import PromptPace
 from miniphi.engine.request import PromptLogprob, Request, Sequence, SequenceOutput
 from miniphi.engine.sampler import (
     SampledToken,
@@ -71,31 +72,6 @@ class EngineStats:
     """tokens that were guessed ahead and computed"""
     num_accepted_tokens: int
     """guessed tokens that came true"""
-
-
-class PromptPace:
-    """How many prompt tokens a step may have, so that it takes about as long as it should."""
-
-    FIRST_TOKENS = 16
-    """before anything was measured; also the least, or prompts would starve behind a slow step"""
-
-    def __init__(self, max_step_s: float | None) -> None:
-        self._max_step_s = max_step_s
-        self._token_s: float | None = None
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The bound of the next step; None if there is none."""
-        if self._max_step_s is None:
-            return None
-        wanted = self.FIRST_TOKENS if self._token_s is None else int(self._max_step_s / self._token_s)
-        return max(self.FIRST_TOKENS, wanted // 8 * 8)
-
-    def record(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step that had prompt tokens; the newest counts a half, as attention grows with the prompt."""
-        if num_tokens >= self.FIRST_TOKENS:  # a few tokens cost what reading the weights does
-            newest = seconds / num_tokens
-            self._token_s = newest if self._token_s is None else (self._token_s + newest) / 2
 
 
 class Engine:
