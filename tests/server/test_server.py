@@ -6,6 +6,7 @@ import time
 import httpx2
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from miniphi.errors import InvalidRequestError
 from miniphi.server import ServiceLimits, bind
@@ -58,6 +59,32 @@ def test_every_answer_has_an_id_and_says_how_long_it_took(running: Running) -> N
     assert len({answer.headers["x-request-id"] for answer in answers}) == 3
     for answer in answers:
         assert int(answer.headers["openai-processing-ms"]) >= 0
+
+
+def test_metrics_count_what_happened(serve) -> None:
+    llm = make_llm(Slow)
+    running = serve(llm)
+
+    def metric(name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(running.http.get("/metrics").text)
+        samples = (sample for family in families for sample in family.samples)
+        return next(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+    assert metric("vllm:generation_tokens_total", model_name="fake") == 0
+    answer = running.client.completions.create(**LONG | {"max_tokens": 4}, n=2)
+    assert answer.usage.completion_tokens == 8
+    assert metric("vllm:generation_tokens_total") == 8
+    assert metric("vllm:prompt_tokens_total") == 1
+    assert metric("vllm:request_success_total", finished_reason="length") == 2
+    assert metric("vllm:time_to_first_token_seconds_count") == 1
+    assert metric("vllm:time_per_output_token_seconds_sum") > 0.005  # a step takes 10 ms
+    with running.client.completions.create(**LONG, stream=True) as stream:
+        next(stream)
+        assert metric("vllm:num_requests_running") == 1
+        assert 0 < metric("vllm:kv_cache_usage_perc") < 1
+    assert until(lambda: not engine_of(llm).has_work)
+    assert until(lambda: metric("vllm:request_success_total", finished_reason="abort") == 1)
+    assert metric("vllm:num_requests_running") == 0
 
 
 def test_wrong_routes_methods_and_bodies_are_error_objects(running: Running) -> None:

@@ -7,13 +7,13 @@ goes on meanwhile.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Self
 
 from miniphi.engine import Request, SequenceOutput
 from miniphi.llm.driver import EngineDriver
 from miniphi.llm.generation import Generation
-from miniphi.llm.results import Chunk, Timings, TokenLogprob, Usage
+from miniphi.llm.results import Chunk, FinishReason, Timings, TokenLogprob, Usage
 from miniphi.tokenizer import Tokenizer
 
 __all__ = ["EngineThread", "LiveStream"]
@@ -32,6 +32,8 @@ class EngineThread:
         self._open: set[LiveStream] = set()
         self._changed: deque[LiveStream] = deque()
         self._is_call_due = False
+        self.on_end: Callable[[LiveStream], None] | None = None
+        """told of every stream when it is closed"""
         self.error: Exception | None = None
         """what ended the thread; nothing can be computed after it"""
 
@@ -72,6 +74,8 @@ class EngineThread:
     def forget(self, stream: "LiveStream") -> None:
         """Let go of a stream, and end its request if it is still running."""
         self._open.discard(stream)
+        if self.on_end is not None:
+            self.on_end(stream)
         self._driver.forget(stream.request.id)
         self._wake.set()
 
@@ -109,6 +113,8 @@ class LiveStream(AsyncIterator[Chunk]):
         self._stop_ids = stop_ids
         self.news = asyncio.Event()
         self._thread = thread
+        self.finish_reasons: list[FinishReason] = []
+        """of the choices that have ended, as far as their chunks were read"""
         self._generation = Generation(request, tokenizer)
         self._is_open = True
 
@@ -150,7 +156,10 @@ class LiveStream(AsyncIterator[Chunk]):
         generation = self._generation
         while self._is_open:
             if generation.chunks:
-                return generation.chunks.popleft()
+                chunk = generation.chunks.popleft()
+                if chunk.finish_reason is not None:
+                    self.finish_reasons.append(chunk.finish_reason)
+                return chunk
             if generation.is_finished:
                 self.close()
                 if generation.error is not None:

@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miniphi.errors import MiniphiError
-from miniphi.server import chat, completions, models, tokens
+from miniphi.server import chat, completions, metrics, models, tokens
 from miniphi.server.errors import ApiError
+from miniphi.server.metrics import Metrics
 from miniphi.server.service import ModelService
 from miniphi.server.sse import json_response
 from miniphi.version import __version__
@@ -46,7 +47,8 @@ def create_app(service: ModelService, *, drain_s: float = DRAIN_S) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for room in (chat, completions, models, tokens):
+    service.observe(Metrics(service))
+    for room in (chat, completions, models, tokens, metrics):
         app.include_router(room.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)

@@ -10,14 +10,14 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from miniphi.engine import Request
 from miniphi.llm import LLM, EngineThread, LiveStream
 from miniphi.server.errors import ApiError
 from miniphi.version import __version__
 
-__all__ = ["ModelService", "ServiceLimits"]
+__all__ = ["ModelService", "Observer", "ServiceLimits"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,6 +33,13 @@ class ServiceLimits:
     retry_after_s: int = 1
 
 
+class Observer(Protocol):
+    """Takes note of requests."""
+
+    def on_end(self, stream: LiveStream) -> None:
+        """Learn that a request has ended."""
+
+
 class ModelService:
     """One loaded model, for an event loop."""
 
@@ -46,6 +53,7 @@ class ModelService:
         self.fingerprint = "fp_" + hashlib.blake2b(identity, digest_size=5).hexdigest()
         """the same as long as the same seed gives the same answer"""
         self._thread = EngineThread(llm.driver, llm.tokenizer)
+        self.observer: Observer | None = None
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare")
         self._is_draining = False
 
@@ -63,6 +71,11 @@ class ModelService:
     def failure(self) -> Exception | None:
         """What ended the engine, if anything did: only a new process helps then."""
         return self._thread.error
+
+    def observe(self, observer: Observer) -> None:
+        """Tell an observer of every request that ends."""
+        self.observer = observer
+        self._thread.on_end = observer.on_end
 
     def start(self) -> None:
         """Begin to compute, on behalf of the running event loop."""
