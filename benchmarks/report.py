@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.plot import draw
 from benchmarks.results import Results, markdown_table, memory_rows, notes, speed_rows
+from benchmarks.works import WORKS
 from miniphi.atomic_write import atomic_file
 
 _DOCUMENT = """# Speed
@@ -89,6 +90,8 @@ def main() -> None:
     first, *later = (Results.from_dict(json.loads(path.read_text("utf-8"))) for path in args.results)
     for other in later:
         first.add(other)
+    order = [work.name for work in WORKS]
+    first.blocks.sort(key=lambda block: order.index(block.work))
     pictures = [path.name for path in draw(first, args.to)]
     with atomic_file(args.to / "performance.md", overwrite=True) as file:
         file.write(document(first, pictures).encode())
