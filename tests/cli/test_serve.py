@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,24 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
+        assert process.stderr.read() == ""
+
+
+def test_a_second_ctrl_c_ends_those_in_flight_and_tells_them(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    with serving(folder) as (process, url), openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        prompts = ["abcdef"] * 60
+        options = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(model=folder.name, prompt=prompts, stream=True, **options)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert process.wait(20) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

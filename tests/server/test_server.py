@@ -183,12 +183,19 @@ def test_the_end_waits_for_those_in_flight(serve) -> None:
 
 def test_the_end_does_not_wait_for_ever(serve) -> None:
     running = serve(make_llm(Slow, context=100_000, num_kv_blocks=4000), drain_s=0.2)
-    stream = running.client.completions.create(**LONG | {"max_tokens": 90_000}, stream=True)
+    endless = LONG | {"max_tokens": 90_000}
+    stream = running.client.completions.create(**endless, stream=True)
     next(stream)
+    answers: list[httpx2.Response] = []
+    whole = threading.Thread(target=lambda: answers.append(running.http.post("/v1/completions", json=endless)))
+    whole.start()
+    assert until(lambda: engine_of(running.service.llm).stats.num_running == 2)
     started = time.monotonic()
     running.server.should_exit = True
-    with pytest.raises((openai.APIError, httpx2.HTTPError)):
+    with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
+    whole.join(10)
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
     assert time.monotonic() - started < 10
 
 

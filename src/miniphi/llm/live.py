@@ -43,7 +43,7 @@ class EngineThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End every open stream and the thread, after the step that is running."""
+        """End the thread, after the step that is running; streams that are still open are closed."""
         for stream in tuple(self._open):
             stream.close()
         self._is_stopping = True
@@ -70,6 +70,11 @@ class EngineThread:
         self._driver.post(request, stream)
         self._wake.set()
         return stream
+
+    def fail_all(self, error: Exception) -> None:
+        """End every open stream with an error, which its reader raises."""
+        for stream in tuple(self._open):
+            stream.fail(error)
 
     def forget(self, stream: "LiveStream") -> None:
         """Let go of a stream, and end its request if it is still running."""
@@ -101,8 +106,7 @@ class EngineThread:
                 self._wake.wait()
         except Exception as error:
             self.error = error
-            for stream in tuple(self._open):
-                stream.fail(error)
+            self.fail_all(error)
 
 
 class LiveStream(AsyncIterator[Chunk]):

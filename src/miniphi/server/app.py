@@ -25,18 +25,14 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("miniphi.server")
 
-DRAIN_S = 30.0
-"""How long requests in flight may go on when the server is told to end"""
 
-
-def create_app(service: ModelService, *, drain_s: float = DRAIN_S) -> FastAPI:
+def create_app(service: ModelService) -> FastAPI:
     """Return the application that serves a model; the engine's thread lives as long as its lifespan."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        await service.drain(drain_s)
         await service.stop()
 
     app = FastAPI(

@@ -81,16 +81,18 @@ class ModelService:
         """Begin to compute, on behalf of the running event loop."""
         self._thread.start()
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more requests, and wait so long for those in flight."""
+    def drain(self) -> None:
+        """Take no more requests; those in flight go on."""
         self._is_draining = True
-        deadline = time.monotonic() + seconds
-        while self._thread.num_open and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+
+    def end_all(self) -> None:
+        """End those in flight: their clients are told why."""
+        self.drain()
+        self._thread.fail_all(_shutting_down({}))
 
     async def stop(self) -> None:
         """End what is still in flight, and the engine's thread."""
-        self._is_draining = True
+        self.end_all()
         await self._thread.stop()
         self._workers.shutdown()
 
@@ -116,7 +118,7 @@ class ModelService:
         """
         retry = {"retry-after": str(self.limits.retry_after_s)}
         if self._is_draining:
-            raise ApiError(503, "the server is shutting down; try another one", code="shutting_down", headers=retry)
+            raise _shutting_down(retry)
         free = self.limits.max_requests - self._thread.num_open
         if len(requests) > self.limits.max_requests:
             raise ApiError(
@@ -141,3 +143,7 @@ class ModelService:
                 stream.close()
             raise
         return streams
+
+
+def _shutting_down(headers: dict[str, str]) -> ApiError:
+    return ApiError(503, "the server is shutting down; try another one", code="shutting_down", headers=headers)

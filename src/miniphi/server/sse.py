@@ -38,7 +38,7 @@ async def _encode(events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[byt
             yield b"data: " + orjson.dumps(event) + b"\n\n"
     except Exception as error:
         answer = ApiError.of(error)
-        if answer.status >= 500:
+        if answer.status >= 500 and error is not answer:
             log.exception("a stream failed", exc_info=error)
         yield b"data: " + orjson.dumps(answer.body()) + b"\n\n"
     yield b"data: [DONE]\n\n"
