@@ -260,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(measure(args, servers, loads))
     except KeyboardInterrupt:
         status = 130
+    except httpx2.HTTPError as error:
+        print(f"a server does not answer: {error}", file=sys.stderr)
+        status = 1
     done = [load for load in loads if load.answers]
     if done:
         print(markdown_table(rows(done)))

@@ -57,6 +57,11 @@ def test_a_server_is_a_name_and_an_address(capsys) -> None:
     assert "NAME=URL" in capsys.readouterr().err
 
 
+def test_a_server_that_is_not_there_is_one_line(capsys) -> None:
+    assert serve.main(["one=http://127.0.0.1:1/v1"]) == 1
+    assert capsys.readouterr().err.startswith("a server does not answer: ")
+
+
 def test_quantiles() -> None:
     assert serve.quantile([3, 1, 2], 0.5) == 2
     assert serve.quantile([3, 1, 2], 0.95) == 3

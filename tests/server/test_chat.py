@@ -155,7 +155,8 @@ def test_a_name_that_is_not_served(client: openai.OpenAI) -> None:
         ({"top_logprobs": 2}, None, "invalid_value", "only with logprobs true"),
         ({"stream_options": {"include_usage": True}}, None, "invalid_value", "only with stream true"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value", "at most 4"),
-        ({"logit_bias": {"x": 1}}, "messages", "invalid_value", "'x' is not a token id"),
+        ({"stop": [""]}, "stop", "invalid_value", "strings of 1 to 1024"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value", "'x' is not a token id"),
         ({"tools": []}, "tools", "unknown_parameter", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value", "'text'"),
         ({"max_tokens": 5000}, "messages", "context_length_exceeded", "the context is 2048"),
@@ -204,7 +205,7 @@ def test_azures_client(running: Running) -> None:
         wrong.chat.completions.create(model="x", messages=question)
 
 
-def test_the_sum_of_probabilities_is_one(client: openai.OpenAI) -> None:
+def test_probabilities_do_not_exceed_one(client: openai.OpenAI) -> None:
     answer = ask(client, "a", logprobs=True, top_logprobs=20)
     for entry in answer.choices[0].logprobs.content:
         assert math.fsum(math.exp(other.logprob) for other in entry.top_logprobs) <= 1 + 1e-9

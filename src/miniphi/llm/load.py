@@ -90,9 +90,16 @@ def load(
     engine = _make_engine(program, draft_program, saved, template, options)
     on_first_rest = None
     if copy is not None and not isinstance(model, PackedModel):
-        write = partial(copy.write, model.config, program.weights, saved)
-        on_first_rest = BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
+        on_first_rest = _copy_writer(copy, program, saved, engine, on_notice)
     return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
+
+
+def _copy_writer(
+    copy: PackedCopy, program: Program, saved: SavedModel, engine: Engine, on_notice: Callable[[str], None] | None
+) -> Callable[[], None]:
+    """Return what begins to write the packed copy, giving way to the engine's work."""
+    write = partial(copy.write, program.config, program.weights, saved)
+    return BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
 
 
 def _make_engine(

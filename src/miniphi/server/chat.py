@@ -48,7 +48,7 @@ async def _answer(body: ChatRequest, request: Request, service: Service) -> Resp
         prompt = await service.prepare(service.llm.chat_request, messages, body.to_sampling())
         (stream,) = service.open([prompt])
     except Exception as error:
-        raise ApiError.of(error, "messages") from error
+        raise ApiError.of(error, body.blame(error, "messages")) from error
     stamp = Stamp.new("chatcmpl", service)
     if not body.stream:
         return json_response(await unless_gone(request, _whole(stream, body, stamp)))

@@ -57,7 +57,7 @@ async def _answer(body: CompletionRequest, request: Request, service: ModelServi
         )
         streams = service.open(prompts)
     except Exception as error:
-        raise ApiError.of(error, "prompt") from error
+        raise ApiError.of(error, body.blame(error, "prompt")) from error
     answers = [_Answer(body, service, stream, number) for number, stream in enumerate(streams)]
     stamp = Stamp.new("cmpl", service)
     if not body.stream:

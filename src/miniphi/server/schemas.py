@@ -93,6 +93,11 @@ class _Sampling(_Body):
             raise ValueError("stream_options is allowed only with stream true")
         return self
 
+    def blame(self, error: Exception, otherwise: str) -> str:
+        """Return the field that an error's message begins with, or `otherwise`."""
+        name = str(error).partition(" ")[0].rstrip(":")
+        return name if name in type(self).model_fields else otherwise
+
     def _sampling(self, **more: Any) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         given = {
