@@ -56,8 +56,7 @@ def load(
     `kv_memory_bytes` limits the cache. `rope_policy` says which factor set a LongRoPE model uses; see RopePolicy.
     `max_step_s` bounds how long a long prompt holds up the tokens of requests beside it: see EngineOptions.
     `draft` names a smaller model with the same vocabulary, which guesses tokens ahead: answers come sooner and stay the
-    same. `num_threads` defaults to what suits the machine. `on_progress` is called with the bytes of each tensor made
-    ready.
+    same. `num_threads` defaults to what suits the machine. `on_progress` gets the bytes of each tensor.
 
     After the first answer a copy of the model is written to the cache in the layout that the kernels read, and later
     starts map that; `packed_copy=False`, or MINIPHI_PACKED_COPY=0 in the environment, neither writes nor reads one.
@@ -88,16 +87,21 @@ def load(
     draft_program = None if draft_model is None else _load_draft(draft_model, program, num_threads, kv_type)
     options = EngineOptions(max_context=min(context or program.max_context, program.max_context), max_step_s=max_step_s)
     engine = _make_engine(program, draft_program, saved, template, options)
-    on_first_rest = None
-    if copy is not None and not isinstance(model, PackedModel):
-        on_first_rest = _copy_writer(copy, program, saved, engine, on_notice)
+    missing_copy = None if isinstance(model, PackedModel) else copy
+    on_first_rest = _copy_writer(missing_copy, program, saved, engine, on_notice)
     return LLM(engine, saved.tokenizer, template, name, rope_policy=rope_policy, on_first_rest=on_first_rest)
 
 
 def _copy_writer(
-    copy: PackedCopy, program: Program, saved: SavedModel, engine: Engine, on_notice: Callable[[str], None] | None
-) -> Callable[[], None]:
-    """Return what begins to write the packed copy, giving way to the engine's work."""
+    copy: PackedCopy | None,
+    program: Program,
+    saved: SavedModel,
+    engine: Engine,
+    on_notice: Callable[[str], None] | None,
+) -> Callable[[], None] | None:
+    """Return what begins to write the packed copy, giving way to the engine's work; None if there is none to write."""
+    if copy is None:
+        return None
     write = partial(copy.write, program.config, program.weights, saved)
     return BackgroundWriter(write, is_busy=lambda: engine.has_work, on_notice=on_notice).start
 
